@@ -1,0 +1,69 @@
+"""Attention of a set of active tokens over the keys and values they may see.
+
+Legend: B rows, K queries (active tokens), L keys, H query heads, G key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Project = Callable[[], tuple[Tensor, Tensor]]
+
+
+class KeysValues(Protocol):
+    """Where a visit's keys and values come from. Calls `project` only if this recursion has some of its own."""
+
+    def __call__(self, layer: int, project: Project) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, L, E) that layer application `layer` attends to."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionScope:
+    """What the active tokens of one visit see.
+
+    `mask_BKL`: true where query K may see key L; None is plain causal order when `is_causal`, else everything.
+    `row_index`: the batch rows that take part, None for all.
+    """
+
+    cos_BKE: Tensor
+    sin_BKE: Tensor
+    keys_values: KeysValues
+    mask_BKL: Tensor | None = None
+    is_causal: bool = True
+    row_index: Tensor | None = None
+
+    def on_rows(self, x_BKD: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """`run` applied to the rows that take part; the others come back as zeros."""
+        if self.row_index is None:
+            return run(x_BKD)
+        y_BKD = torch.zeros_like(x_BKD)
+        y_BKD[self.row_index] = run(x_BKD[self.row_index])
+        return y_BKD
+
+
+def rotate(x_BHKE: Tensor, cos_BKE: Tensor, sin_BKE: Tensor) -> Tensor:
+    """Rotary positions on pairs (i, i + E/2), as Llama pairs them."""
+    cos, sin = cos_BKE.unsqueeze(1), sin_BKE.unsqueeze(1)
+    first, second = x_BHKE.chunk(2, dim=-1)
+    return x_BHKE * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend(query_BHKE: Tensor, key_BGLE: Tensor, value_BGLE: Tensor, scope: AttentionScope, dropout: float) -> Tensor:
+    """Scaled dot-product attention with grouped queries; softmax scale E^-0.5. Returns (B, H, K, E)."""
+    mask = None if scope.mask_BKL is None else scope.mask_BKL.unsqueeze(1)
+    return F.scaled_dot_product_attention(
+        query_BHKE,
+        key_BGLE,
+        value_BGLE,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and scope.is_causal and query_BHKE.shape[2] > 1,
+        enable_gqa=query_BHKE.shape[1] != key_BGLE.shape[1],
+    )

@@ -1,0 +1,111 @@
+"""Calibration: the thresholds that give each mean depth, found on real text and stored with the weights.
+
+For a grid of mean depths, one forward over all calibration tokens at once: at every recursion the threshold is the
+score quantile that lets the planned share of tokens through, given who was let through before. What a caller asks for
+later is interpolated in this table.
+
+Legend: G calibration points, R recursions, B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .modeling_mor import MorForCausalLM
+from .routing import Router
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What a calibration pass found: `mean_depths` reached (G,), their `thresholds` (G, R), and the tokens it used."""
+
+    mean_depths: Tensor
+    thresholds: Tensor
+    num_tokens: int
+
+
+def can_calibrate(model: MorForCausalLM) -> bool:
+    """Whether the model's router has thresholds to find."""
+    router = model.model.recursion.router
+    return router is not None and router.can_budget
+
+
+def calibration_grid(num_recursions: int, num_points: int) -> list[float]:
+    """`num_points` mean depths from 1 to R, closer together at both ends, where a threshold moves fastest."""
+    steps = [(1 - math.cos(math.pi * i / (num_points - 1))) / 2 for i in range(num_points)]
+    return [1 + (num_recursions - 1) * s for s in steps]
+
+
+@torch.no_grad()
+def calibrate(
+    model: MorForCausalLM, batches: Iterable[Tensor], *, mean_depths: Sequence[float] | None = None
+) -> Calibration:
+    """Find and store the thresholds for a grid of mean depths.
+
+    Args:
+        model: a model whose router has a budget (`expert_choice`, `token_choice` or `random`).
+        batches: rows of token ids (B, T), all of one length; they run as one batch.
+        mean_depths: the grid, at most `num_calibration_points` depths from 1 to R. Default: `calibration_grid`.
+
+    Returns the table, which is also written to the router's buffers and so saved with the weights.
+
+    Raises:
+        ValueError: a router without a budget, no tokens, rows of different lengths, or more depths than the table
+        holds.
+    """
+    router = _router(model)
+    rows = _rows(batches).to(model.device)
+    if mean_depths is None:
+        mean_depths = calibration_grid(router.num_recursions, router.calibration_mean_depth.numel())
+    if not 2 <= len(mean_depths) <= router.calibration_mean_depth.numel():
+        raise ValueError(
+            f"mean_depths has {len(mean_depths)} points; the table holds 2 to {router.calibration_mean_depth.numel()} "
+            "(num_calibration_points)"
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        found = [_solve(model, router, rows, depth) for depth in sorted(mean_depths)]
+    finally:
+        model.train(was_training)
+    return _store(router, found, rows.numel())
+
+
+def _router(model: MorForCausalLM) -> Router:
+    router = model.model.recursion.router
+    if router is None or not router.can_budget:
+        raise ValueError(f"router={model.config.router!r} has no budget to calibrate")
+    return router
+
+
+def _rows(batches: Iterable[Tensor]) -> Tensor:
+    rows = list(batches)
+    lengths = {tuple(batch.shape[1:]) for batch in rows}
+    if not rows or sum(batch.numel() for batch in rows) == 0:
+        raise ValueError("calibration needs at least one row of tokens")
+    if len(lengths) != 1:
+        raise ValueError(f"calibration rows must have one length, got {sorted(lengths)}")
+    return torch.cat([batch.long() for batch in rows])
+
+
+def _solve(model: MorForCausalLM, router: Router, rows: Tensor, depth: float) -> tuple[float, list[float]]:
+    rule = router.calibration_rule(depth)
+    output = model.model(input_ids=rows, use_cache=False, decision=rule)
+    missing = router.num_recursions - len(rule.thresholds)
+    return float(output.depths.double().mean()), rule.thresholds + [math.inf] * missing
+
+
+def _store(router: Router, found: list[tuple[float, list[float]]], num_tokens: int) -> Calibration:
+    found.sort(key=lambda point: point[0])
+    points = router.calibration_mean_depth.numel()
+    padded = found + [found[-1]] * (points - len(found))
+    device = router.calibration_thresholds.device
+    router.calibration_mean_depth.copy_(torch.tensor([depth for depth, _ in padded], device=device))
+    router.calibration_thresholds.copy_(torch.tensor([row for _, row in padded], device=device))
+    depths, thresholds = zip(*found, strict=True)
+    return Calibration(mean_depths=torch.tensor(depths), thresholds=torch.tensor(thresholds), num_tokens=num_tokens)

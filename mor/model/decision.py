@@ -1,0 +1,118 @@
+"""How scores become decisions: who goes round again.
+
+`top_k` compares a token with its whole row, so it looks into the future: training's rule for expert-choice. `causal`
+compares a token with a threshold, so it can decode. Calibration is a third rule that finds the thresholds.
+
+Legend: B rows, A tokens still alive at a recursion, R recursions. Scores are logits: the gate's activation is monotone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .token_set import TokenSet
+
+
+class DecisionRule(Protocol):
+    """Chooses, among the tokens alive at a recursion, those that take it."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token's decision depends on its prefix alone."""
+        ...
+
+    def choose(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, num_tokens: Tensor | int) -> TokenSet:
+        """The chosen tokens, as a set of the A alive ones. `num_tokens`: real tokens per row, (B,) or one number."""
+        ...
+
+
+class CalibrationRule(DecisionRule, Protocol):
+    """A rule that spends a given mean depth on the batch it sees, and remembers the thresholds that did it."""
+
+    thresholds: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """The k = max(1, int(capacity * T)) best-scored tokens of each row, T counting the row's real tokens."""
+
+    capacities: Sequence[float]
+    is_causal: bool = field(default=False, init=False)
+
+    def choose(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, num_tokens: Tensor | int) -> TokenSet:
+        capacity = self.capacities[recursion]
+        if isinstance(num_tokens, int) and valid_BA is None:
+            return TokenSet.top(score_BA, min(score_BA.shape[1], max(1, int(capacity * num_tokens))))
+        assert valid_BA is not None
+        size_B = (
+            (torch.as_tensor(num_tokens, dtype=torch.float64, device=score_BA.device) * capacity).long().clamp(min=1)
+        )
+        score_BA = score_BA.masked_fill(~valid_BA, -torch.inf)
+        rank_BA = score_BA.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return TokenSet.from_mask((rank_BA < size_B[:, None]) & valid_BA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """Tokens whose score reaches a threshold, one per recursion: (R,) or, with a budget per row, (B, R).
+
+    A recursion whose threshold is -inf takes every token.
+    """
+
+    thresholds: Tensor
+    is_causal: bool = field(default=True, init=False)
+
+    def choose(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, num_tokens: Tensor | int) -> TokenSet:
+        keep_BA = score_BA >= self.thresholds[..., recursion, None]
+        return TokenSet.from_mask(keep_BA if valid_BA is None else keep_BA & valid_BA)
+
+
+@dataclass(kw_only=True)
+class Quantile:
+    """Calibration's rule: over the whole batch, let the best-scored tokens through until `shares[r]` of *all* tokens
+    take recursion r, and remember the scores of the last ones let through in `thresholds`."""
+
+    shares: Sequence[float]
+    thresholds: list[float] = field(default_factory=list)
+    is_causal: bool = field(default=False, init=False)
+
+    def choose(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, num_tokens: Tensor | int) -> TokenSet:
+        total = int(num_tokens.sum()) if isinstance(num_tokens, Tensor) else num_tokens * score_BA.shape[0]
+        alive = (score_BA if valid_BA is None else score_BA[valid_BA]).flatten()
+        size = min(alive.numel(), round(self.shares[recursion] * total))
+        takes_all = recursion == 0 and self.shares[0] >= 1
+        self.thresholds.append(-math.inf if takes_all else _boundary(alive, size))
+        keep_BA = score_BA >= self.thresholds[-1]
+        return TokenSet.from_mask(keep_BA if valid_BA is None else keep_BA & valid_BA)
+
+
+def _boundary(score: Tensor, size: int) -> float:
+    """A threshold that `size` of the scores reach: the middle of the gap below the last one, as a float32 value."""
+    if score.numel() == 0:
+        return 0.0
+    ordered = score.float().sort(descending=True).values
+    above = ordered[size - 1] if size else ordered[0] + 1.0
+    below = ordered[size] if size < ordered.numel() else ordered[-1] - 1.0
+    return float((above + below) / 2) if bool(above > below) else float(above)
+
+
+def budget_shares(mean_depth: float, capacities: Sequence[float]) -> list[float]:
+    """Shares of tokens active at each recursion whose sum is `mean_depth`: (1, 0, ..) to `capacities` to (1, .., 1).
+
+    Raises ValueError outside [1, R].
+    """
+    num_recursions, trained = len(capacities), sum(capacities)
+    if not 1 <= mean_depth <= num_recursions:
+        raise ValueError(f"mean_depth={mean_depth} is impossible: choose between 1 and {num_recursions} recursions")
+    low = [1.0] + [0.0] * (num_recursions - 1)
+    if mean_depth <= trained:
+        weight = (mean_depth - 1) / (trained - 1) if trained > 1 else 1.0
+        return [a + weight * (b - a) for a, b in zip(low, capacities, strict=True)]
+    weight = (mean_depth - trained) / (num_recursions - trained)
+    return [c + weight * (1.0 - c) for c in capacities]

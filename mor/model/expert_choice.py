@@ -1,0 +1,156 @@
+"""Routers that decide before each recursion: expert-choice, and the controls built like it.
+
+Legend: B rows, A tokens alive before a recursion, D hidden size, R recursions.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_mor import MorConfig
+from .decision import DecisionRule, Threshold, TopK
+from .router_losses import membership_loss, z_loss
+from .routing import RecursionRouter, ScoreHead, Scores
+from .token_set import TokenSet
+
+_MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+
+
+class ExpertChoiceRouter(RecursionRouter):
+    """One score head per recursion; training lets each recursion pick its top-k tokens (arXiv 2507.10524, 2.1).
+
+    The causal rule reads the same logits, or those of the auxiliary router, against a threshold: 0.5 after the sigmoid,
+    which is what the auxiliary losses train towards. A recursion of capacity 1 takes everything.
+    """
+
+    decisions = ("causal", "top_k")
+
+    def __init__(self, config: MorConfig) -> None:
+        super().__init__(config)
+        self.heads = nn.ModuleList(ScoreHead(config, 1) for _ in range(config.num_recursions))
+        self.auxiliary_heads: nn.ModuleList | None = None
+        if config.causal_method == "aux_router":
+            self.auxiliary_heads = nn.ModuleList(ScoreHead(config, 1) for _ in range(config.num_recursions))
+
+    @property
+    def trained_shares(self) -> list[float]:
+        assert self.config.capacities is not None
+        return list(self.config.capacities)
+
+    def default_rule(self) -> DecisionRule:
+        boundary = 0.5 if self.config.router_activation == "identity" and self.auxiliary_heads is None else 0.0
+        thresholds = [-math.inf if capacity >= 1 else boundary for capacity in self.trained_shares]
+        return Threshold(thresholds=torch.tensor(thresholds, device=self.training_forwards.device))
+
+    def trained_rule(self) -> DecisionRule:
+        """Top-k at the capacities of this training forward, which fall along a cosine during warm-up."""
+        return TopK(capacities=self.warm_capacities(self.count_forward()))
+
+    def warm_capacities(self, forwards: int) -> list[float]:
+        """c + (1 - c) (1 + cos(pi min(1, t / W))) / 2 at training forward t = `forwards`, W the warm-up."""
+        steps = self.config.capacity_warmup_steps
+        if steps == 0:
+            return self.trained_shares
+        excess = 0.5 * (1 + math.cos(math.pi * min(1.0, forwards / steps)))
+        return [c + (1 - c) * excess for c in self.trained_shares]
+
+    def score(self, recursion: int, x_BAD: Tensor, number_BA: Tensor) -> Scores:
+        logits_BA = self.heads[recursion](x_BAD / self.config.router_temperature).squeeze(-1)
+        decisive_BA = logits_BA
+        if self.auxiliary_heads is not None:
+            decisive_BA = self.auxiliary_heads[recursion](x_BAD.detach()).squeeze(-1)
+        return Scores(logits_BA=logits_BA, decisive_BA=decisive_BA, gate_BA=self._gate(logits_BA))
+
+    def losses(self, scores: Scores, kept_BA: Tensor, valid_BA: Tensor | None) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        if self.auxiliary_heads is not None:
+            losses["aux_router"] = membership_loss(scores.decisive_BA, kept_BA, valid_BA)
+        elif self.config.causal_method == "aux_loss":
+            losses["sampling"] = membership_loss(scores.logits_BA, kept_BA, valid_BA)
+        if self.config.router_z_loss_coef:
+            losses["router_z"] = z_loss(scores.logits_BA[..., None], valid_BA)
+        return losses
+
+
+class RandomRouter(RecursionRouter):
+    """Control: expert-choice on uniform scores, gate = alpha * score. Nothing is learnt.
+
+    Training draws new scores each forward; otherwise a token's score is a hash of its number in the row, the recursion
+    and `router_seed`, so that decoding repeats the full forward.
+    """
+
+    decisions = ("causal", "top_k")
+
+    @property
+    def trained_shares(self) -> list[float]:
+        assert self.config.capacities is not None
+        return list(self.config.capacities)
+
+    def default_rule(self) -> DecisionRule:
+        shares = [1.0, *self.trained_shares]
+        thresholds = [1 - now / before if now < before else -math.inf for before, now in pairwise(shares)]
+        return Threshold(thresholds=torch.tensor(thresholds, device=self.training_forwards.device))
+
+    def trained_rule(self) -> DecisionRule:
+        return TopK(capacities=self.trained_shares)
+
+    def score(self, recursion: int, x_BAD: Tensor, number_BA: Tensor) -> Scores:
+        if self.training:
+            score_BA = torch.rand(x_BAD.shape[:2], device=x_BAD.device)
+        else:
+            score_BA = hashed_uniform(number_BA, recursion, self.config.router_seed).expand(x_BAD.shape[:2])
+        return Scores(logits_BA=score_BA, decisive_BA=score_BA, gate_BA=self.alpha * score_BA)
+
+
+class FixedRouter(RecursionRouter):
+    """Controls `fixed` and `gate`: the depth depends on the token's number alone, the gate is learnt as in
+    expert-choice.
+
+    With one fixed depth R (`gate`) every token takes every recursion: the gated residual without routing.
+    """
+
+    can_budget = False
+
+    def __init__(self, config: MorConfig) -> None:
+        super().__init__(config)
+        self.heads = nn.ModuleList(ScoreHead(config, 1) for _ in range(config.num_recursions))
+
+    def default_rule(self) -> DecisionRule:
+        assert self.config.fixed_depths is not None
+        return FixedDepths(depths=torch.tensor(self.config.fixed_depths, device=self.training_forwards.device))
+
+    def score(self, recursion: int, x_BAD: Tensor, number_BA: Tensor) -> Scores:
+        logits_BA = self.heads[recursion](x_BAD / self.config.router_temperature).squeeze(-1)
+        number_BA = number_BA.expand(x_BAD.shape[:2])
+        return Scores(logits_BA=logits_BA, decisive_BA=number_BA, gate_BA=self._gate(logits_BA))
+
+
+class FixedDepths:
+    """Rule of the fixed router: the token numbered n takes `depths[n mod len(depths)]` recursions."""
+
+    is_causal = True
+
+    def __init__(self, *, depths: Tensor) -> None:
+        self.depths = depths
+
+    def choose(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, num_tokens: Tensor | int) -> TokenSet:
+        """`score_BA`: the tokens' numbers."""
+        if valid_BA is None and bool((self.depths > recursion).all()):
+            return TokenSet()
+        keep_BA = self.depths[score_BA % len(self.depths)] > recursion
+        return TokenSet.from_mask(keep_BA if valid_BA is None else keep_BA & valid_BA)
+
+
+def hashed_uniform(number_BA: Tensor, recursion: int, seed: int) -> Tensor:
+    """Scores in [0, 1), a fixed pseudo-random function of token number, recursion and seed (64-bit multiply and
+    shift).
+    """
+    offset = ((recursion + 1) * _MIX[1] + seed * _MIX[2] + (1 << 63)) % (1 << 64) - (1 << 63)
+    hashed = (number_BA.long() + 1) * _MIX[0] + offset
+    for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
+        hashed = (hashed ^ ((hashed >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return ((hashed >> 40) & 0xFFFFFF).float() / (1 << 24)

@@ -1,0 +1,112 @@
+"""Llama's decoder layer, written so that one layer can be applied at several recursions.
+
+Legend: B rows, K active tokens, D hidden size, H query heads, G key/value heads, E head size, F feed-forward size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from .attention import AttentionScope, attend, rotate
+from .configuration_mor import MorConfig
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions (arXiv 2104.09864), with transformers' long-context variants."""
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: MorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = str((config.rope_parameters or {}).get("rope_type", "default"))
+        init = (
+            self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
+        )
+        inv_freq, self.attention_scaling = init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MorConfig, **_: object) -> tuple[Tensor, float]:
+        """Inverse frequencies theta^(-2i/E), i = 0..E/2-1, and attention scaling 1."""
+        assert config.rope_parameters is not None and config.head_dim is not None
+        base = float(config.rope_parameters.get("rope_theta") or 10000.0)
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / base**exponent, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x_BTD: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin (B, T, E) at integer positions (B, T), in the dtype of `x`."""
+        angle_BTE = position_ids[..., None].float() * self.inv_freq.float().to(x_BTD.device)
+        angle_BTE = torch.cat((angle_BTE, angle_BTE), dim=-1)
+        cos, sin = angle_BTE.cos() * self.attention_scaling, angle_BTE.sin() * self.attention_scaling
+        return cos.to(x_BTD.dtype), sin.to(x_BTD.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention whose keys and values may come from another recursion."""
+
+    def __init__(self, config: MorConfig) -> None:
+        super().__init__()
+        assert config.head_dim is not None and config.num_key_value_heads is not None
+        self.head_dim = config.head_dim
+        self.dropout = float(config.attention_dropout)
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+
+    def _heads(self, x_BKX: Tensor) -> Tensor:
+        return x_BKX.view(*x_BKX.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def forward(self, x_BKD: Tensor, scope: AttentionScope, layer: int) -> Tensor:
+        """Attention of the K active tokens over what `scope` lets them see. `layer`: the layer application."""
+
+        def project() -> tuple[Tensor, Tensor]:
+            key_BGKE = rotate(self._heads(self.k_proj(x_BKD)), scope.cos_BKE, scope.sin_BKE)
+            return key_BGKE, self._heads(self.v_proj(x_BKD))
+
+        query_BHKE = rotate(self._heads(self.q_proj(x_BKD)), scope.cos_BKE, scope.sin_BKE)
+        key_BGLE, value_BGLE = scope.keys_values(layer, project)
+        out_BHKE = attend(query_BHKE, key_BGLE, value_BGLE, scope, self.dropout if self.training else 0.0)
+        return self.o_proj(out_BHKE.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward down(act(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, config: MorConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act: Callable[[Tensor], Tensor] = ACT2FN[config.hidden_act]
+
+    def forward(self, x_BKD: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x_BKD)) * self.up_proj(x_BKD))
+
+
+class MorDecoderLayer(nn.Module):
+    """Pre-norm decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: MorConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x_BKD: Tensor, scope: AttentionScope, layer: int) -> Tensor:
+        x_BKD = x_BKD + self.self_attn(self.input_layernorm(x_BKD), scope, layer)
+        return x_BKD + self.mlp(self.post_attention_layernorm(x_BKD))

@@ -1,0 +1,295 @@
+"""Routers: who goes round again, and how a recursion's output enters the residual stream.
+
+Add a router by writing a `Router` and its `Route`, and naming it in `routers.build_router` and
+`configuration_mor.ROUTERS`.
+
+Legend: B rows, T tokens of a row, A tokens alive before a recursion, K tokens that take it, D hidden size, R
+recursions, G calibration points.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_mor import MorConfig
+from .decision import CalibrationRule, DecisionRule, Quantile, Threshold, TopK, budget_shares
+from .token_set import TokenSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecursionTrace:
+    """What a router saw and did at one recursion (token-choice: one trace for all).
+
+    `token_index_BA`: the scored tokens' columns in the input. `valid_BA`: which are real. `logits_BA`: (B, A), or
+    (B, A, R) for token-choice. `gate_BA`: factor on the block's output. `kept_BA`: which took the recursion
+    (token-choice: all). `decisive_BA`: what the causal rule compares: the auxiliary router's logits if there is one,
+    else `logits_BA` (the fixed router: token numbers).
+    """
+
+    recursion: int
+    token_index_BA: Tensor
+    valid_BA: Tensor
+    logits_BA: Tensor
+    gate_BA: Tensor
+    kept_BA: Tensor
+    decisive_BA: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """A router's view of the tokens alive at one recursion: logits, gates, and what the causal rule compares; all (B,
+    A), but token-choice's logits (B, A, R)."""
+
+    logits_BA: Tensor
+    decisive_BA: Tensor
+    gate_BA: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Tokens chosen among the alive ones at one recursion, their gates, and the scores if any were taken."""
+
+    chosen: TokenSet
+    gate_BK: Tensor
+    scores: Scores | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingInput:
+    """What a router may look at: the residual stream entering the recursions, which tokens are real, and each token's
+    number among its row's real tokens (earlier forwards included)."""
+
+    x_BTD: Tensor
+    tokens: TokenSet
+    number_BT: Tensor
+    rule: DecisionRule
+
+    @property
+    def num_tokens(self) -> Tensor | int:
+        """Real tokens per row."""
+        return self.x_BTD.shape[1] if self.tokens.valid_BK is None else self.tokens.valid_BK.sum(1)
+
+
+class Route(Protocol):
+    """One forward's routing, recursion by recursion."""
+
+    losses: dict[str, Tensor]
+
+    def choose(self, recursion: int, x_BAD: Tensor, alive: TokenSet) -> Choice:
+        """Score the alive tokens and choose those that take this recursion."""
+        ...
+
+    def merge(
+        self, recursion: int, x_BKD: Tensor, y_BKD: Tensor, gate_BK: Tensor, active: TokenSet
+    ) -> tuple[Tensor, Tensor]:
+        """From the block's input and output: what to add to the residual stream, and the next recursion's input."""
+        ...
+
+
+class ScoreHead(nn.Sequential):
+    """Router network from D to `num_scores`: linear, or D -> expansion * D -> scores with exact GELU; no biases."""
+
+    def __init__(self, config: MorConfig, num_scores: int) -> None:
+        size = config.hidden_size
+        expansion = {"linear": 0, "mlp": 2, "wide_mlp": 4}[config.router_architecture]
+        if expansion == 0:
+            super().__init__(nn.Linear(size, num_scores, bias=False))
+        else:
+            hidden = nn.Linear(size, expansion * size, bias=False)
+            super().__init__(hidden, nn.GELU(), nn.Linear(expansion * size, num_scores, bias=False))
+
+    def forward(self, x_BAD: Tensor) -> Tensor:
+        """Scores (B, A, num_scores) in float32 whatever the model's dtype: decisions are sensitive to rounding."""
+        with torch.autocast(x_BAD.device.type, enabled=False):
+            x = x_BAD.float()
+            for module in self:
+                x = F.linear(x, module.weight.float()) if isinstance(module, nn.Linear) else module(x)
+            return x
+
+
+_GATES = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
+
+
+class Router(nn.Module):
+    """What all routers share: training's forward counter and the calibration table.
+
+    `calibration_mean_depth` (G,) and `calibration_thresholds` (G, R) travel with the weights; NaN is uncalibrated.
+    """
+
+    training_forwards: Tensor
+    calibration_mean_depth: Tensor
+    calibration_thresholds: Tensor
+    decisions: tuple[str, ...] = ("causal",)
+    can_budget: bool = False
+
+    def __init__(self, config: MorConfig) -> None:
+        super().__init__()
+        self.num_recursions = config.num_recursions
+        self.config = config
+        assert config.router_alpha is not None
+        self.alpha = float(config.router_alpha)
+        points = config.num_calibration_points
+        self.register_buffer("training_forwards", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("calibration_mean_depth", torch.full((points,), math.nan))
+        self.register_buffer("calibration_thresholds", torch.full((points, config.num_recursions), math.nan))
+        self._forwards: int | None = None
+        self.register_load_state_dict_post_hook(_forget_count)
+
+    def initial_buffers(self) -> dict[str, float]:
+        """Values of the buffers of a router that is neither trained nor calibrated."""
+        return {"training_forwards": 0, "calibration_mean_depth": math.nan, "calibration_thresholds": math.nan}
+
+    def count_forward(self) -> int:
+        """Count a training forward, in `state_dict` and on the host; returns how many there were, this one included."""
+        if self._forwards is None:
+            self._forwards = int(self.training_forwards)
+        self._forwards += 1
+        self.training_forwards.fill_(self._forwards)
+        return self._forwards
+
+    @property
+    def trained_shares(self) -> list[float]:
+        """Shares of tokens active at each recursion that training aimed at."""
+        raise NotImplementedError
+
+    def default_rule(self) -> DecisionRule:
+        """The causal rule of an uncalibrated model."""
+        raise NotImplementedError
+
+    def trained_rule(self) -> DecisionRule:
+        """The rule of a training forward."""
+        return self.default_rule()
+
+    def calibration_rule(self, mean_depth: float) -> CalibrationRule:
+        """A rule that finds the thresholds for a mean depth on the batch it is used on."""
+        raise NotImplementedError
+
+    def rule(self, decision: str | DecisionRule, mean_depth: float | Tensor | None = None) -> DecisionRule:
+        """The rule for a decision name, or an instance as it is. Raises ValueError for what this router cannot do."""
+        if not isinstance(decision, str):
+            return decision
+        if decision not in self.decisions:
+            names = " or ".join(self.decisions)
+            raise ValueError(f"decision={decision!r} does not exist for router={self.config.router!r}; choose {names}")
+        if decision == "top_k":
+            return self._top_k_rule(mean_depth)
+        if mean_depth is None:
+            mean_depth = self.config.mean_depth
+        return self.default_rule() if mean_depth is None else self.budget_rule(mean_depth)
+
+    def budget_rule(self, mean_depth: float | Tensor) -> DecisionRule:
+        """The causal rule that spends `mean_depth` block applications per token."""
+        return Threshold(thresholds=self.thresholds(mean_depth))
+
+    def _top_k_rule(self, mean_depth: float | Tensor | None) -> DecisionRule:
+        if mean_depth is None:
+            return TopK(capacities=self.trained_shares)
+        return TopK(capacities=budget_shares(float(mean_depth), self.trained_shares))
+
+    def thresholds(self, mean_depth: float | Tensor) -> Tensor:
+        """Thresholds (R,), or (B, R) for a (B,) tensor, interpolated in the calibration table.
+
+        Raises ValueError if the router has no budget, the model is uncalibrated, or the depth is out of reach.
+        """
+        if not self.can_budget:
+            raise ValueError(
+                f"mean_depth={mean_depth}: router={self.config.router!r} has a fixed depth, so no budget to set"
+            )
+        depth_G = self.calibration_mean_depth.double()
+        if bool(depth_G.isnan().any()):
+            raise ValueError(
+                f"mean_depth={mean_depth} needs a calibrated model: run mor.model.calibrate (`mor calibrate`)"
+            )
+        asked = torch.as_tensor(mean_depth, dtype=torch.float64, device=depth_G.device)
+        low, high = float(depth_G[0]), float(depth_G[-1])
+        if bool(((asked < low) | (asked > high) | asked.isnan()).any()):
+            raise ValueError(f"mean_depth={mean_depth} is impossible: this model can do {low:.3f} to {high:.3f}")
+        right = torch.searchsorted(depth_G, asked.reshape(-1)).clamp(1, depth_G.numel() - 1)
+        span = (depth_G[right] - depth_G[right - 1]).clamp(min=1e-9)
+        weight = ((asked.reshape(-1) - depth_G[right - 1]) / span)[:, None]
+        left_BR, right_BR = (self.calibration_thresholds.double()[index] for index in (right - 1, right))
+        found_BR = torch.where(left_BR == right_BR, left_BR, left_BR + weight * (right_BR - left_BR)).float()
+        for depth in (1, self.num_recursions):
+            extreme_R = torch.tensor(self.extreme_thresholds(depth), device=found_BR.device)
+            found_BR = torch.where((asked.reshape(-1) == depth)[:, None], extreme_R, found_BR)
+        return found_BR[0] if asked.dim() == 0 else found_BR
+
+    def extreme_thresholds(self, depth: int) -> list[float]:
+        """Thresholds that give every token depth 1, or every token the greatest depth."""
+        raise NotImplementedError
+
+    def begin(self, inputs: RoutingInput) -> Route:
+        """Start routing one forward."""
+        raise NotImplementedError
+
+    def update_bias(self) -> None:
+        """Move what is learnt outside the gradient, after an optimizer step."""
+
+
+class RecursionRouter(Router):
+    """A router that scores tokens anew before each recursion; who stops is not asked again (hierarchical filtering)."""
+
+    can_budget = True
+
+    def calibration_rule(self, mean_depth: float) -> CalibrationRule:
+        return Quantile(shares=budget_shares(mean_depth, self.trained_shares))
+
+    def extreme_thresholds(self, depth: int) -> list[float]:
+        return [-math.inf if r < depth else math.inf for r in range(self.num_recursions)]
+
+    def score(self, recursion: int, x_BAD: Tensor, number_BA: Tensor) -> Scores:
+        """Score the tokens alive before a recursion; `number_BA` is each token's number in its row."""
+        raise NotImplementedError
+
+    def losses(self, scores: Scores, kept_BA: Tensor, valid_BA: Tensor | None) -> dict[str, Tensor]:
+        """Unweighted losses of one recursion, in training."""
+        return {}
+
+    def begin(self, inputs: RoutingInput) -> Route:
+        return RecursionRoute(self, inputs)
+
+    def _gate(self, logits_BA: Tensor) -> Tensor:
+        activation = self.config.router_activation
+        return logits_BA if activation == "identity" else self.alpha * _GATES[str(activation)](logits_BA)
+
+
+@dataclass
+class RecursionRoute:
+    """Expert-choice routing of one forward: x + gate * block(x) at every recursion a token takes."""
+
+    router: RecursionRouter
+    inputs: RoutingInput
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+    def choose(self, recursion: int, x_BAD: Tensor, alive: TokenSet) -> Choice:
+        scores = self.router.score(recursion, x_BAD, alive.gather(self.inputs.number_BT))
+        rule = self.inputs.rule
+        compared_BA = scores.logits_BA if isinstance(rule, TopK) else scores.decisive_BA
+        chosen = rule.choose(recursion, compared_BA.detach(), alive.valid_BK, self.inputs.num_tokens)
+        if self.router.training and isinstance(rule, TopK):
+            self._add_losses(scores, chosen, alive.valid_BK)
+        return Choice(chosen=chosen, gate_BK=chosen.gather(scores.gate_BA), scores=scores)
+
+    def _add_losses(self, scores: Scores, chosen: TokenSet, valid_BA: Tensor | None) -> None:
+        kept_BA = chosen.mask(scores.logits_BA.shape, scores.logits_BA.device)
+        for name, loss in self.router.losses(scores, kept_BA, valid_BA).items():
+            self.losses[name] = self.losses[name] + loss if name in self.losses else loss
+
+    def merge(
+        self, recursion: int, x_BKD: Tensor, y_BKD: Tensor, gate_BK: Tensor, active: TokenSet
+    ) -> tuple[Tensor, Tensor]:
+        delta_BKD = y_BKD
+        if self.router.config.gating == "weighted":
+            delta_BKD = y_BKD * gate_BK[..., None].to(y_BKD.dtype)
+        return delta_BKD, x_BKD + delta_BKD
+
+
+def _forget_count(router: Router, _: object) -> None:
+    """After loading, the host's copy of the forward counter is stale."""
+    router._forwards = None

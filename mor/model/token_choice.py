@@ -1,0 +1,170 @@
+"""Token-choice routing: a token picks its depth once, before the first recursion (arXiv 2507.10524, 2.2).
+
+Legend: B rows, T tokens of a row, A tokens alive before a recursion, K tokens that take it, D hidden size, R
+recursions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .configuration_mor import MorConfig
+from .decision import CalibrationRule, DecisionRule
+from .router_losses import balancing_loss, depth_load, z_loss
+from .routing import Choice, Route, Router, RoutingInput, ScoreHead, Scores
+from .token_set import TokenSet
+
+
+class DepthRule:
+    """Adds `bias`, (R,) or (B, R), to the scores of the depths before the argmax. Causal: a token looks at itself."""
+
+    is_causal = True
+
+    def __init__(self, *, bias: Tensor | None = None) -> None:
+        self.bias = bias
+
+    def depth(self, score_BTR: Tensor, valid_BT: Tensor | None) -> Tensor:
+        """The chosen depths (B, T), 0-based."""
+        if self.bias is not None:
+            score_BTR = score_BTR + (self.bias if self.bias.dim() == 1 else self.bias[:, None])
+        return score_BTR.argmax(dim=-1)
+
+    def choose(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, num_tokens: Tensor | int) -> TokenSet:
+        """`score_BA`: the depths chosen. Everyone takes the first recursion."""
+        if recursion == 0:
+            return TokenSet(valid_BK=valid_BA)
+        keep_BA = score_BA >= recursion
+        return TokenSet.from_mask(keep_BA if valid_BA is None else keep_BA & valid_BA)
+
+
+class TiltSearch(DepthRule):
+    """Calibration's rule: tilts the scores by t * depth, with the t that gives a mean depth on this batch."""
+
+    is_causal = False
+
+    def __init__(self, *, mean_depth: float, reach: float) -> None:
+        super().__init__()
+        self.mean_depth, self._reach = mean_depth, reach
+        self.thresholds: list[float] = []
+
+    def depth(self, score_BTR: Tensor, valid_BT: Tensor | None) -> Tensor:
+        alive = score_BTR.flatten(0, 1) if valid_BT is None else score_BTR[valid_BT]
+        ladder_R = torch.arange(score_BTR.shape[-1], device=score_BTR.device, dtype=score_BTR.dtype)
+        low, high = -self._reach, self._reach
+        for _ in range(40):
+            middle = (low + high) / 2
+            mean = float((alive + middle * ladder_R).argmax(-1).double().mean()) + 1
+            low, high = (middle, high) if mean < self.mean_depth else (low, middle)
+        self.bias = high * ladder_R
+        self.thresholds = self.bias.tolist()
+        return super().depth(score_BTR, valid_BT)
+
+
+class TokenChoiceRouter(Router):
+    """One head with R scores per token, read at the input of the recursions; the argmax is the depth."""
+
+    load_bias: Tensor
+    load_sum: Tensor
+    can_budget = True
+
+    def __init__(self, config: MorConfig) -> None:
+        super().__init__(config)
+        self.head = ScoreHead(config, config.num_recursions)
+        self.register_buffer("load_bias", torch.zeros(config.num_recursions))
+        self.register_buffer("load_sum", torch.zeros(config.num_recursions), persistent=False)
+
+    def initial_buffers(self) -> dict[str, float]:
+        return {**super().initial_buffers(), "load_bias": 0, "load_sum": 0}
+
+    @property
+    def trained_shares(self) -> list[float]:
+        """Balanced use of the depths."""
+        return [1 - r / self.num_recursions for r in range(self.num_recursions)]
+
+    def default_rule(self) -> DecisionRule:
+        return DepthRule()
+
+    def budget_rule(self, mean_depth: float | Tensor) -> DecisionRule:
+        return DepthRule(bias=self.thresholds(mean_depth))
+
+    def calibration_rule(self, mean_depth: float) -> CalibrationRule:
+        return TiltSearch(mean_depth=mean_depth, reach=2 * abs(self.alpha) + 1)
+
+    def extreme_thresholds(self, depth: int) -> list[float]:
+        return [0.0 if r == depth - 1 else -math.inf for r in range(self.num_recursions)]
+
+    def trained_rule(self) -> DecisionRule:
+        """The argmax; during warm-up, every token the greatest depth."""
+        if self.count_forward() >= self.config.balancing_warmup_steps:
+            return self.default_rule()
+        self.load_bias.zero_()
+        return DepthRule(bias=torch.tensor(self.extreme_thresholds(self.num_recursions), device=self.load_bias.device))
+
+    def begin(self, inputs: RoutingInput) -> Route:
+        logits_BTR = self.head(inputs.x_BTD / self.config.router_temperature)
+        activate = torch.sigmoid if self.config.router_activation == "sigmoid" else lambda z: z.softmax(dim=-1)
+        score_BTR = self.alpha * activate(logits_BTR)
+        assert isinstance(inputs.rule, DepthRule)
+        biased_BTR = score_BTR.detach() + self.load_bias if self.config.balancing == "loss_free" else score_BTR.detach()
+        depth_BT = inputs.rule.depth(biased_BTR, inputs.tokens.valid_BK)
+        gate_BT = score_BTR.gather(-1, depth_BT[..., None]).squeeze(-1)
+        route = TokenRoute(self, inputs, depth_BT=depth_BT, gate_BT=gate_BT, logits_BTR=logits_BTR)
+        if self.training:
+            route.losses = self._losses(logits_BTR, score_BTR, depth_BT, inputs.tokens.valid_BK)
+        return route
+
+    def _losses(
+        self, logits: Tensor, score_BTR: Tensor, depth_BT: Tensor, valid_BT: Tensor | None
+    ) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        load_R = depth_load(depth_BT, self.num_recursions, valid_BT)
+        if self.config.balancing == "loss":
+            losses["balancing"] = balancing_loss(score_BTR, load_R, valid_BT)
+        if self.config.balancing == "loss_free":
+            self.load_sum += load_R
+        if self.config.router_z_loss_coef:
+            losses["router_z"] = z_loss(logits, valid_BT)
+        return losses
+
+    def update_bias(self) -> None:
+        """b_r += u * sign(1/R - load_r), load averaged over the forwards since the last update (arXiv 2408.15664)."""
+        total = self.load_sum.sum()
+        if self.config.balancing != "loss_free":
+            return
+        load_R = self.load_sum / total.clamp(min=1e-9)
+        step_R = self.config.balancing_update_rate * (1 / self.num_recursions - load_R).sign()
+        self.load_bias += torch.where(total > 0, step_R, torch.zeros_like(step_R))
+        self.load_sum.zero_()
+
+
+@dataclass
+class TokenRoute:
+    """Token-choice routing of one forward: h <- block(h) until the chosen depth, then x + gate * h, once."""
+
+    router: TokenChoiceRouter
+    inputs: RoutingInput
+    depth_BT: Tensor
+    gate_BT: Tensor
+    logits_BTR: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+    def choose(self, recursion: int, x_BAD: Tensor, alive: TokenSet) -> Choice:
+        rule = self.inputs.rule
+        chosen = rule.choose(recursion, alive.gather(self.depth_BT), alive.valid_BK, self.inputs.num_tokens)
+        gate_BK = alive.compose(chosen).gather(self.gate_BT)
+        if recursion > 0:
+            return Choice(chosen=chosen, gate_BK=gate_BK)
+        scores = Scores(logits_BA=self.logits_BTR, decisive_BA=self.logits_BTR, gate_BA=self.gate_BT)
+        return Choice(chosen=chosen, gate_BK=gate_BK, scores=scores)
+
+    def merge(
+        self, recursion: int, x_BKD: Tensor, y_BKD: Tensor, gate_BK: Tensor, active: TokenSet
+    ) -> tuple[Tensor, Tensor]:
+        weight_BK = gate_BK if self.router.config.gating == "weighted" else torch.ones_like(gate_BK)
+        finished_BK = active.gather(self.depth_BT) == recursion
+        weight_BK = torch.where(finished_BK, weight_BK, torch.zeros_like(weight_BK))
+        return y_BKD * weight_BK[..., None].to(y_BKD.dtype), y_BKD

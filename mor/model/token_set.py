@@ -1,0 +1,109 @@
+"""Which tokens of each row take part, and moving their vectors in and out.
+
+Legend: B rows, T tokens of a row, K members of a set (the most any row has), D features.
+
+Members of a row stand in causal order with its absent places at the end, so causal attention over a gathered set needs
+no mask: a real member never sees an absent one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSet:
+    """A subset of the T tokens of each of B rows.
+
+    `index_BK`: the members, ascending, in places `valid_BK`; None means all T tokens in order.
+    `valid_BK`: which places are real; None means all.
+    """
+
+    index_BK: Tensor | None = None
+    valid_BK: Tensor | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether every token of every row is a member."""
+        return self.index_BK is None and self.valid_BK is None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row has a member."""
+        return self.index_BK is not None and self.index_BK.shape[1] == 0
+
+    @classmethod
+    def from_mask(cls, member_BT: Tensor) -> TokenSet:
+        """The tokens where `member_BT` is true. Reads the largest row count from the device."""
+        count_B = member_BT.sum(1)
+        size = int(count_B.max()) if count_B.numel() else 0
+        index_BK = torch.argsort(~member_BT, dim=1, stable=True)[:, :size]
+        valid_BK = torch.arange(size, device=member_BT.device) < count_B[:, None]
+        return cls(index_BK=index_BK, valid_BK=valid_BK)
+
+    @classmethod
+    def top(cls, score_BT: Tensor, size: int) -> TokenSet:
+        """The `size` best-scored tokens of each row, in causal order; all rows have as many."""
+        if size == score_BT.shape[1]:
+            return cls()
+        return cls(index_BK=torch.topk(score_BT, size, dim=1, sorted=False).indices.sort(dim=1).values)
+
+    def compose(self, inner: TokenSet) -> TokenSet:
+        """The set that picks `inner` out of this set's members, as a set of the T tokens."""
+        index_BK, valid_BK = self.index_BK, inner.valid_BK
+        if inner.index_BK is None:
+            return self if valid_BK is None else TokenSet(index_BK=index_BK, valid_BK=valid_BK)
+        index_BK = inner.index_BK if index_BK is None else index_BK.gather(1, inner.index_BK)
+        return TokenSet(
+            index_BK=index_BK, valid_BK=valid_BK if valid_BK is not None else self._valid_at(inner.index_BK)
+        )
+
+    def _valid_at(self, index_BK: Tensor) -> Tensor | None:
+        return None if self.valid_BK is None else self.valid_BK.gather(1, index_BK)
+
+    def gather(self, x_BTX: Tensor) -> Tensor:
+        """Members' entries of (B, T) or (B, T, D): (B, K) or (B, K, D). A batch of 1 is shared by all rows."""
+        if self.index_BK is None:
+            return x_BTX
+        if x_BTX.shape[0] == 1 and self.index_BK.shape[0] > 1:
+            return x_BTX[0][self.index_BK]
+        if x_BTX.dim() == 2:
+            return x_BTX.gather(1, self.index_BK)
+        return x_BTX.gather(1, self.index_BK[..., None].expand(-1, -1, x_BTX.shape[-1]))
+
+    def add(self, x_BTX: Tensor, delta_BKX: Tensor) -> Tensor:
+        """`x` with `delta` added at the members; absent places add nothing."""
+        if self.valid_BK is not None:
+            valid = self.valid_BK if delta_BKX.dim() == 2 else self.valid_BK[..., None]
+            delta_BKX = delta_BKX.masked_fill(~valid, 0)
+        if self.index_BK is None:
+            return x_BTX + delta_BKX
+        index = self.index_BK if delta_BKX.dim() == 2 else self.index_BK[..., None].expand_as(delta_BKX)
+        return x_BTX.scatter_add(1, index, delta_BKX.to(x_BTX.dtype))
+
+    def spread(self, x_BKX: Tensor, num_tokens: int) -> Tensor:
+        """Members' entries put back into a zero (B, T, ...) tensor."""
+        return self.add(x_BKX.new_zeros(x_BKX.shape[0], num_tokens, *x_BKX.shape[2:]), x_BKX)
+
+    def places(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """The members' token indices (B, K), written out; `shape` is (B, T)."""
+        if self.index_BK is not None:
+            return self.index_BK
+        return torch.arange(shape[1], device=device).expand(shape)
+
+    def mask(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """True at the members; `shape` is (B, T)."""
+        if self.is_everything:
+            return torch.ones(shape, dtype=torch.bool, device=device)
+        places_BK = self.places(shape, device)
+        return self.spread(torch.ones_like(places_BK, dtype=torch.int32), shape[1]).bool()
+
+    def active_rows(self) -> Tensor | None:
+        """Indices of the rows that have a member; None when all have. Reads them from the device."""
+        if self.valid_BK is None:
+            return None
+        active_B = self.valid_BK.any(1)
+        return None if bool(active_B.all()) else active_B.nonzero().squeeze(1)

@@ -1,0 +1,45 @@
+"""What every test runs under: no network, one thread per worker, seeded random numbers."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub when it is imported, so set before any test is
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+hypothesis.settings.register_profile("mor", max_examples=50, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("mor")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers for a test whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (code under test may draw from the global generator)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that would leave this machine fail at once."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise RuntimeError(f"a test tried to reach {address[0]}: tests use no network")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Workers of pytest-xdist share the cores; more threads than cores only wait for each other."""
+    torch.set_num_threads(1)
