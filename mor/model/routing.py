@@ -10,6 +10,7 @@ recursions, G calibration points.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -136,10 +137,21 @@ class Router(nn.Module):
         self.alpha = float(config.router_alpha)
         points = config.num_calibration_points
         self.register_buffer("training_forwards", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("calibration_mean_depth", torch.full((points,), math.nan))
-        self.register_buffer("calibration_thresholds", torch.full((points, config.num_recursions), math.nan))
+        shape = (points, config.num_recursions)
+        self.register_buffer("calibration_mean_depth", torch.full((points,), math.nan, dtype=torch.float32))
+        self.register_buffer("calibration_thresholds", torch.full(shape, math.nan, dtype=torch.float32))
         self._forwards: int | None = None
         self.register_load_state_dict_post_hook(_forget_count)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Move with the model, but keep thresholds and biases in float32: a cast to bfloat16 would round them away."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def initial_buffers(self) -> dict[str, float]:
         """Values of the buffers of a router that is neither trained nor calibrated."""

@@ -74,8 +74,9 @@ class TokenChoiceRouter(Router):
     def __init__(self, config: MorConfig) -> None:
         super().__init__(config)
         self.head = ScoreHead(config, config.num_recursions)
-        self.register_buffer("load_bias", torch.zeros(config.num_recursions))
-        self.register_buffer("load_sum", torch.zeros(config.num_recursions), persistent=False)
+        self.register_buffer("load_bias", torch.zeros(config.num_recursions, dtype=torch.float32))
+        load_sum = torch.zeros(config.num_recursions, dtype=torch.float32)
+        self.register_buffer("load_sum", load_sum, persistent=False)
 
     def initial_buffers(self) -> dict[str, float]:
         return {**super().initial_buffers(), "load_bias": 0, "load_sum": 0}

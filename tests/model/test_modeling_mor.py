@@ -64,6 +64,23 @@ def test_router_buffers_missing_from_a_checkpoint_start_fresh(tmp_path):
     assert router.load_sum.tolist() == [0, 0, 0] and router.training_forwards.item() == 0
 
 
+@pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
+def test_thresholds_and_biases_stay_float32_in_a_bfloat16_model(router, tmp_path):
+    model = tiny_model(router=router, balancing="loss_free")
+    buffers = dict(model.model.recursion.router.named_buffers())
+    for name, buffer in buffers.items():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.1, 0.2)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for cast in (loaded, copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model).bfloat16()):
+        assert cast.lm_head.weight.dtype == torch.bfloat16
+        for name, buffer in cast.model.recursion.router.named_buffers():
+            if name != "load_sum":
+                assert torch.equal(buffer, buffers[name]), name
+        assert cast(random_ids(1, 6)).logits.dtype == torch.bfloat16
+
+
 def llama_twin():
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps",
