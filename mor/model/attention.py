@@ -44,7 +44,8 @@ class AttentionScope:
         if self.row_index is None:
             return run(x_BKD)
         y_BKD = torch.zeros_like(x_BKD)
-        y_BKD[self.row_index] = run(x_BKD[self.row_index])
+        if self.row_index.numel():
+            y_BKD[self.row_index] = run(x_BKD[self.row_index])
         return y_BKD
 
 

@@ -226,7 +226,9 @@ class Router(nn.Module):
         span = (depth_G[right] - depth_G[right - 1]).clamp(min=1e-9)
         weight = ((asked.reshape(-1) - depth_G[right - 1]) / span)[:, None]
         left_BR, right_BR = (self.calibration_thresholds.double()[index] for index in (right - 1, right))
-        found_BR = torch.where(left_BR == right_BR, left_BR, left_BR + weight * (right_BR - left_BR)).float()
+        steps = left_BR.isinf() | right_BR.isinf()
+        between_BR = torch.where(steps, left_BR, left_BR + weight * (right_BR - left_BR))
+        found_BR = torch.where(weight == 1, right_BR, between_BR).float()
         for depth in (1, self.num_recursions):
             extreme_R = torch.tensor(self.extreme_thresholds(depth), device=found_BR.device)
             found_BR = torch.where((asked.reshape(-1) == depth)[:, None], extreme_R, found_BR)

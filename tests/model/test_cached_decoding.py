@@ -74,6 +74,16 @@ def test_padding_may_stand_anywhere(kv_cache):
     assert_close(padded.logits[:, mask[0].bool()], alone.logits, torch.ones(1, 7, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("architecture", architectures(), ids=label)
+@torch.no_grad()
+def test_chunks_of_padding_alone_change_nothing(architecture):
+    model, ids, mask = tiny_model(**architecture), random_ids(2, 12), left_padding(4, 7, size=12)
+    full = model(ids, attention_mask=mask, use_cache=False)
+    logits, depths = decode(model, ids, mask, 2, chunk=2)
+    assert_close(logits, full.logits, mask.bool())
+    assert torch.equal(depths, full.depths)
+
+
 @torch.no_grad()
 def test_a_first_recursion_below_full_capacity_still_serves_shared_keys():
     for kv_cache in ("recursion", "shared", "hybrid"):
