@@ -22,11 +22,13 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
+from mor.files import new_folder, refuse_occupied
+
 from .configuration_mor import MorConfig
 from .depth_plan import DepthPlan, Sharing
 from .initialization import Initialization, LayerSources, layer_sources
 from .modeling_mor import MorForCausalLM
-from .output_folder import TOKENIZER_FILES, copy_tokenizer, output_folder, refuse_occupied
+from .tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 
 # Families whose decoder computes Llama's function, given the checks of `check_source`.
 FITTING_FAMILIES = ("llama", "mistral", "qwen2")
@@ -89,7 +91,7 @@ def convert_llama(
     tokenizer = Path(source)
     if not tokenizer.is_dir():
         tokenizer = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(TOKENIZER_FILES)))
-    with output_folder(output) as folder:
+    with new_folder(output) as folder:
         model.save_pretrained(folder)
         copy_tokenizer(tokenizer, folder)
     return model

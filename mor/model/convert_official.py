@@ -22,12 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mor.files import new_folder, refuse_occupied
+
 from .configuration_mor import MorConfig
 from .convert import layer_prefixes, listed, load_weights, mean, new_model
 from .depth_plan import Step
 from .modeling_mor import MorForCausalLM
 from .official_options import OfficialOptions, official_options, read_official_yaml
-from .output_folder import copy_tokenizer, output_folder, refuse_occupied
+from .tokenizer_files import copy_tokenizer
 
 Untied = Literal["first", "average"]
 
@@ -60,7 +62,7 @@ def convert_official(
     refuse_occupied(output)
     model = from_official(read_official_yaml(config_yaml), read_weights(weights), untied=untied)
     place = Path(weights) if Path(weights).is_dir() else Path(weights).parent
-    with output_folder(output) as folder:
+    with new_folder(output) as folder:
         model.save_pretrained(folder)
         copy_tokenizer(tokenizer or place, folder)
     return model

@@ -1,0 +1,1 @@
+"""Text to training batches: tokenizers, sources of documents, token shards and the packing loader."""
