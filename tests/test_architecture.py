@@ -27,28 +27,24 @@ class Level:
     relative_only: bool = False
 
 
+BASE = ("mor.config", "mor.files")
 MODEL_LIBRARIES = ("torch", "transformers", "huggingface_hub", "numpy", "safetensors")
 
-# The first level whose part a file belongs to is the one that counts. Two files read YAML: the project's options, and
-# the authors' configurations, whose conversion does not travel with a checkpoint.
+# The first level whose part a file belongs to is the one that counts.
 LEVELS = (
     Level(part="mor.config", internal=(), external=("yaml",)),
+    Level(part="mor.files", internal=(), external=()),
     Level(part="mor.model.depth_plan", internal=(), external=()),
-    Level(
-        part="mor.model.official_options",
-        internal=("mor.model",),
-        external=(*MODEL_LIBRARIES, "yaml"),
-        relative_only=True,
-    ),
     Level(  # these files also ship as Hugging Face remote code, so they name each other relatively
         part="mor.model",
         internal=("mor.model",),
         external=MODEL_LIBRARIES,
         relative_only=True,
     ),
-    Level(part="mor.data", internal=("mor.config", "mor.data")),
-    Level(part="mor.train", internal=("mor.config", "mor.data", "mor.model", "mor.train")),
-    Level(part="mor.evaluate", internal=("mor.config", "mor.data", "mor.model", "mor.evaluate")),
+    Level(part="mor.data", internal=(*BASE, "mor.data")),
+    Level(part="mor.convert", internal=(*BASE, "mor.model", "mor.convert")),
+    Level(part="mor.train", internal=(*BASE, "mor.data", "mor.model", "mor.train")),
+    Level(part="mor.evaluate", internal=(*BASE, "mor.data", "mor.model", "mor.evaluate")),
     Level(part="mor"),
 )
 

@@ -65,9 +65,9 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"the disk is full: .*made could not be written") as caught:
-        with files.new_folder(tmp_path / "made") as partial:
-            (partial / "a.txt").write_text("a")
+    message = r"the disk is full: .*made could not be written"
+    with pytest.raises(OSError, match=message) as caught, files.new_folder(tmp_path / "made") as partial:
+        (partial / "a.txt").write_text("a")
     assert caught.value.errno == errno.ENOSPC
     with pytest.raises(OSError, match=r"the disk is full: .*summary\.json could not be written"):
         files.write_json(tmp_path / "summary.json", {"loss": 2.5})

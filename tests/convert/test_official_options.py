@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from mor.convert.official_options import official_options, read_official_yaml
 from mor.model.cost import count_parameters
-from mor.model.official_options import official_options, read_official_yaml
 
 EXPERT = """
 name: 360M expert

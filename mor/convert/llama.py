@@ -22,13 +22,12 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
+from mor.convert.initialization import Initialization, LayerSources, layer_sources
+from mor.convert.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from mor.files import new_folder, refuse_occupied
-
-from .configuration_mor import MorConfig
-from .depth_plan import DepthPlan, Sharing
-from .initialization import Initialization, LayerSources, layer_sources
-from .modeling_mor import MorForCausalLM
-from .tokenizer_files import TOKENIZER_FILES, copy_tokenizer
+from mor.model.configuration_mor import MorConfig
+from mor.model.depth_plan import DepthPlan, Sharing
+from mor.model.modeling_mor import MorForCausalLM
 
 # Families whose decoder computes Llama's function, given the checks of `check_source`.
 FITTING_FAMILIES = ("llama", "mistral", "qwen2")

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mor.model.convert_official import from_official, official_names
+from mor.convert.official import from_official, official_names
+from mor.convert.official_options import official_options
 from mor.model.modeling_mor import MorForCausalLM
-from mor.model.official_options import official_options
 from mor.model.recursion import RecursionOutput
 from mor.model.routing import RecursionTrace
 from tests.golden.files import Golden, golden_names

@@ -25,8 +25,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from mor.model.convert import check_source, convert_llama, from_llama, layer_prefixes, load_llama, to_llama
-from mor.model.initialization import INITIALIZATIONS, layer_sources
+from mor.convert.initialization import INITIALIZATIONS, layer_sources
+from mor.convert.llama import check_source, convert_llama, from_llama, layer_prefixes, load_llama, to_llama
 from mor.model.modeling_mor import MorForCausalLM
 
 SMALL = {
@@ -275,8 +275,8 @@ def test_nothing_is_written_when_it_fails(saved: Path, tmp_path: Path, monkeypat
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match="num_recursions=9"):
         convert_llama(saved, tmp_path / "mor", num_recursions=9)
-    monkeypatch.setattr("mor.model.convert.copy_tokenizer", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("mor.convert.llama.copy_tokenizer", full_disk)
+    with pytest.raises(OSError, match="the disk is full"):
         convert_llama(saved, tmp_path / "mor")
     assert sorted(tmp_path.iterdir()) == before
 
@@ -285,7 +285,7 @@ def test_occupied_output_is_left_alone(saved: Path, tmp_path: Path) -> None:
     output = tmp_path / "mor"
     output.mkdir()
     (output / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="already exists"):
+    with pytest.raises(FileExistsError, match="exists already"):
         convert_llama(saved, output)
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
 

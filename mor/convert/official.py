@@ -22,14 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mor.convert.llama import layer_prefixes, listed, load_weights, mean, new_model
+from mor.convert.official_options import OfficialOptions, official_options, read_official_yaml
+from mor.convert.tokenizer_files import copy_tokenizer
 from mor.files import new_folder, refuse_occupied
-
-from .configuration_mor import MorConfig
-from .convert import layer_prefixes, listed, load_weights, mean, new_model
-from .depth_plan import Step
-from .modeling_mor import MorForCausalLM
-from .official_options import OfficialOptions, official_options, read_official_yaml
-from .tokenizer_files import copy_tokenizer
+from mor.model.configuration_mor import MorConfig
+from mor.model.depth_plan import Step
+from mor.model.modeling_mor import MorForCausalLM
 
 Untied = Literal["first", "average"]
 

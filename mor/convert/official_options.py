@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import yaml
 
-from .configuration_mor import MorConfig
-from .depth_plan import SHARINGS, Sharing
-from .initialization import kept_layers
+from mor.convert.initialization import kept_layers
+from mor.model.configuration_mor import MorConfig
+from mor.model.depth_plan import SHARINGS, Sharing
 
 Layout = Literal["plain", "expert", "token"]
 

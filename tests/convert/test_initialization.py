@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mor.convert.initialization import INITIALIZATIONS, kept_layers, layer_sources
 from mor.model.depth_plan import SHARINGS
-from mor.model.initialization import INITIALIZATIONS, kept_layers, layer_sources
 from tests.golden.files import initialization_cases
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mor.model.convert_official import convert_official, from_official, read_weights
+from mor.convert.official import convert_official, from_official, read_weights
 from mor.model.modeling_mor import MorForCausalLM
 from tests.golden.files import Golden
 
@@ -214,7 +214,7 @@ def test_untied_by_file(checkpoint: Path) -> None:
         convert_official(checkpoint / "config.yaml", place, checkpoint / "out")
     assert sorted(path.name for path in checkpoint.iterdir()) == ["config.yaml", "weights"]
     convert_official(checkpoint / "config.yaml", place, checkpoint / "out", untied="average")
-    with pytest.raises(ValueError, match="already exists"):
+    with pytest.raises(FileExistsError, match="exists already"):
         convert_official(checkpoint / "config.yaml", place, checkpoint / "out", untied="first")
 
 

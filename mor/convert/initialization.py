@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from .depth_plan import DepthPlan, Sharing
+from mor.model.depth_plan import DepthPlan, Sharing
 
 Initialization = Literal["stepwise", "average", "lower", "upper", "random"]
 

@@ -1,0 +1,1 @@
+"""Checkpoints of other projects into Mixture-of-Recursions models, and back."""
