@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Project = Callable[[], tuple[Tensor, Tensor]]
-
 
 class KeysValues(Protocol):
-    """Where a visit's keys and values come from. Calls `project` only if this recursion has some of its own."""
+    """Where a visit's keys and values come from. `projects`: whether this recursion makes some of its own."""
 
-    def __call__(self, layer: int, project: Project) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, G, L, E) that layer application `layer` attends to."""
+    projects: bool
+
+    def __call__(self, layer: int, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, L, E) that layer application `layer` attends to; `own` are those just made."""
         ...
 
 

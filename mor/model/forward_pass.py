@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import AttentionScope, KeysValues, Project
+from .attention import AttentionScope, KeysValues
 from .cache import MorCache, Reservation, VirtualSequence
 from .depth_plan import DepthPlan, KvPolicy
 from .token_set import TokenSet
@@ -19,39 +19,52 @@ from .token_set import TokenSet
 Read = Callable[[int], tuple[Tensor, Tensor]]
 
 
-def own_keys_values(layer: int, project: Project) -> tuple[Tensor, Tensor]:
+class OwnKeysValues:
     """Keys and values of the visit's own tokens, kept nowhere."""
-    return project()
+
+    projects = True
+
+    def __call__(self, layer: int, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        assert own is not None
+        return own
 
 
 class CachedKeysValues:
     """Keys and values of the visit's own tokens behind those that a cache already holds."""
 
+    projects = True
+
     def __init__(self, sequence: VirtualSequence, at: Reservation) -> None:
         self._sequence, self._at = sequence, at
 
-    def __call__(self, layer: int, project: Project) -> tuple[Tensor, Tensor]:
-        return self._sequence.append(layer, project(), self._at)
+    def __call__(self, layer: int, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        assert own is not None
+        return self._sequence.append(layer, own, self._at)
 
 
 class RememberedKeysValues:
     """The first recursion's, when there is no cache: kept until the forward ends, for the later recursions."""
 
+    projects = True
+
     def __init__(self) -> None:
         self.slots: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, layer: int, project: Project) -> tuple[Tensor, Tensor]:
-        self.slots[layer] = project()
-        return self.slots[layer]
+    def __call__(self, layer: int, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        assert own is not None
+        self.slots[layer] = own
+        return own
 
 
 class SharedKeysValues:
     """The first recursion's keys and values; nothing is projected (arXiv 2507.10524, recursive KV sharing)."""
 
+    projects = False
+
     def __init__(self, first: Read) -> None:
         self._first = first
 
-    def __call__(self, layer: int, project: Project) -> tuple[Tensor, Tensor]:
+    def __call__(self, layer: int, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         return self._first(layer)
 
 
@@ -61,12 +74,14 @@ class HybridKeysValues:
     `number_BL`: which of the first recursion's entries each own entry replaces; `valid_BL`: which own entries are real.
     """
 
-    def __init__(self, own: KeysValues, first: Read, number_BL: Tensor, valid_BL: Tensor | None) -> None:
-        self._own, self._first, self._number_BL, self._valid_BL = own, first, number_BL, valid_BL
+    projects = True
 
-    def __call__(self, layer: int, project: Project) -> tuple[Tensor, Tensor]:
-        own, first = self._own(layer, project), self._first(layer)
-        return self._overlay(first[0], own[0]), self._overlay(first[1], own[1])
+    def __init__(self, kept: KeysValues, first: Read, number_BL: Tensor, valid_BL: Tensor | None) -> None:
+        self._kept, self._first, self._number_BL, self._valid_BL = kept, first, number_BL, valid_BL
+
+    def __call__(self, layer: int, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        kept, first = self._kept(layer, own), self._first(layer)
+        return self._overlay(first[0], kept[0]), self._overlay(first[1], kept[1])
 
     def _overlay(self, first_BGTE: Tensor, own_BGLE: Tensor) -> Tensor:
         size = first_BGTE.shape[2]
@@ -114,7 +129,7 @@ class ForwardPass:
 
     def _uncached_scope(self, recursion: int | None, active: TokenSet) -> AttentionScope:
         cos_BKE, sin_BKE = (active.gather(t) for t in self._rotary)
-        keys_values: KeysValues = own_keys_values
+        keys_values: KeysValues = OwnKeysValues()
         mask_BKL = self._document_mask(active, active)
         if recursion == 0 and self.first_serves_all:
             keys_values = self._remembered
@@ -122,7 +137,7 @@ class ForwardPass:
             keys_values = SharedKeysValues(self._read_remembered)
             if self.policy == "hybrid":
                 place_BK = active.places(self.number_BT.shape, self.number_BT.device)
-                keys_values = HybridKeysValues(own_keys_values, self._read_remembered, place_BK, active.valid_BK)
+                keys_values = HybridKeysValues(OwnKeysValues(), self._read_remembered, place_BK, active.valid_BK)
             mask_BKL = self._document_mask(active, TokenSet())
             if active.index_BK is not None:
                 mask_BKL = self._earlier(active) if mask_BKL is None else mask_BKL & self._earlier(active)
@@ -141,7 +156,13 @@ class ForwardPass:
             return None
         query_BK, key_BL = (t.places(self.number_BT.shape, self.number_BT.device) for t in (queries, keys))
         same = queries.gather(self._document_BT)[..., None] == keys.gather(self._document_BT)[:, None]
-        return same & (key_BL[:, None] <= query_BK[..., None])
+        mask_BKL = same & (key_BL[:, None] <= query_BK[..., None])
+        if keys.valid_BK is None:
+            return mask_BKL
+        itself = torch.eye(
+            *mask_BKL.shape[1:], dtype=torch.bool, device=mask_BKL.device
+        )  # absent queries see something
+        return mask_BKL & keys.valid_BK[:, None] | itself
 
     def _cached_scope(self, recursion: int | None, active: TokenSet) -> AttentionScope:
         assert self._cache is not None

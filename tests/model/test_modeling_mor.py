@@ -170,6 +170,17 @@ def test_documents_do_not_see_each_other():
         ).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("architecture", architectures(), ids=label)
+@torch.no_grad()
+def test_documents_in_a_batch_are_as_alone(architecture):
+    model, ids = tiny_model(**architecture), random_ids(3, 14)
+    documents = torch.tensor([[0] * 5 + [1] * 9, [0] * 14, [0, 1] * 2 + [2] * 10])
+    together = model(ids, document_ids=documents, use_cache=False)
+    for row in range(3):
+        alone = model(ids[row : row + 1], document_ids=documents[row : row + 1], use_cache=False)
+        torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

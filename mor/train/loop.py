@@ -1,0 +1,248 @@
+"""The training loop: steps, and what happens between them."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mor.files import new_folder, write_json
+from mor.model.cost import count_parameters
+from mor.train import checkpoint
+from mor.train.interrupt import Interrupt
+from mor.train.options import RunOptions
+from mor.train.progress import ProgressReporter, progress_for
+from mor.train.quiet import without_progress_bars
+from mor.train.run_folder import RunFolder
+from mor.train.schedule import build_schedule
+from mor.train.setup import build_run, default_budget
+from mor.train.state import TrainingState
+from mor.train.step import optimizer_step
+from mor.train.validation import Validator
+
+
+class NonFiniteLossError(FloatingPointError):
+    """Training met a loss or gradient that is not a number; failure.json in the run folder says where."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended.
+
+    `folder`: the run folder; `model`: the finished model in it, None if interrupted. `training` and `evaluation`: the
+    last lines of metrics.jsonl of each kind, if there are any.
+    """
+
+    folder: Path
+    step: int
+    interrupted: bool
+    model: Path | None
+    training: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+
+
+def train(options: RunOptions, *, resume: bool = False, progress: ProgressReporter | None = None) -> TrainResult:
+    """Train the model that `options` describe into the folder `options.output`.
+
+    With `resume`, go on from the newest undamaged checkpoint there, with the same options; on a CPU the run then ends
+    bit for bit as if it had never stopped. Without a checkpoint to resume it starts anew, with a warning. SIGTERM and
+    SIGINT finish the step, write a checkpoint and return `interrupted=True`.
+
+    Raises ValueError for options that do not fit, CheckpointError when checkpoints cannot be written or read, and
+    NonFiniteLossError when training diverges.
+    """
+    folder = RunFolder(options.output)
+    progress = progress_for() if progress is None else progress
+    found = _find_checkpoint(folder, resume)
+    state, validator = build_run(options, found)
+    folder.claim(options)
+    folder.journal.rewind(state.step)
+    if found is not None:
+        progress.note(f"resuming from {found.folder}")
+    return Trainer(state=state, validator=validator, folder=folder, progress=progress).run()
+
+
+def _find_checkpoint(folder: RunFolder, resume: bool) -> checkpoint.Checkpoint | None:
+    if not resume:
+        folder.refuse_occupied()
+        return None
+    found = checkpoint.read_latest(folder.checkpoints)
+    if found is None:
+        warnings.warn(f"no checkpoint in {folder.path} to resume: starting at step 0", stacklevel=3)
+    return found
+
+
+class Trainer:
+    """Takes a state to its last step."""
+
+    def __init__(
+        self, *, state: TrainingState, validator: Validator, folder: RunFolder, progress: ProgressReporter
+    ) -> None:
+        self._state, self._validator, self._folder, self._progress = state, validator, folder, progress
+        self._options = state.options.training
+        self._schedule = build_schedule(state.options)
+        self._saved_step = state.step or None
+        self._window_seconds = 0.0
+        self._window_tokens = 0
+
+    def run(self) -> TrainResult:
+        """Train to the end, or until interrupted."""
+        state, steps = self._state, self._options.steps
+        state.model.train()
+        self._progress.start(steps=steps, step=state.step)
+        try:
+            with Interrupt() as interrupt:
+                while state.step < steps and not interrupt.requested:
+                    self._step()
+                if state.step < steps:
+                    self._save()
+                    return self._result(interrupted=True)
+            self._finish()
+        finally:
+            self._progress.close()
+        return self._result(interrupted=False)
+
+    def _step(self) -> None:
+        state = self._state
+        start = time.perf_counter()
+        rate = state.options.optimizer.learning_rate * self._schedule.factor(state.step)
+        optimizer_step(state, rate)
+        is_last = state.step == self._options.steps
+        logs = is_last or state.step % self._options.log_interval == 0
+        evaluates = is_last or self._is_due(self._options.evaluation_interval)
+        saves = is_last or self._is_due(self._options.checkpoint_interval)
+        if logs or evaluates or saves:
+            self._check_measurements()  # waits for the device, so the time below is the step's
+        elapsed = time.perf_counter() - start
+        self._window_seconds += elapsed
+        self._window_tokens += self._options.tokens_per_step
+        state.seconds += elapsed
+        if evaluates or saves:
+            self._check_weights()
+        if logs:
+            self._log(rate)
+        if evaluates:
+            self._evaluate(is_last)
+        if saves:
+            self._save()
+        self._progress.advance(state.step)
+
+    def _is_due(self, interval: int) -> bool:
+        return interval > 0 and self._state.step % interval == 0
+
+    def _check_measurements(self) -> None:
+        """Fail at the first step since the last log line with a loss or gradient norm that is not finite."""
+        series = self._state.window.values()
+        bad = [(i, name) for name, values in series.items() for i, v in enumerate(values) if not math.isfinite(v)]
+        if bad:
+            index, name = min(bad)
+            values = {key: values[index] for key, values in series.items()}
+            self._fail(name, self._state.step - len(self._state.positions) + index + 1, values)
+
+    def _check_weights(self) -> None:
+        """Fail if the last update left a weight that is not finite: such weights are not worth a checkpoint."""
+        for name, parameter in self._state.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                self._fail(name, self._state.step, {name: float(parameter.detach().abs().max())})
+
+    def _fail(self, name: str, step: int, values: dict[str, float]) -> None:
+        """Write failure.json and raise NonFiniteLossError. `step` counts from 1."""
+        position = self._state.positions[step - self._state.step - 1]
+        failure = {
+            "step": step,
+            "values": {key: value if math.isfinite(value) else str(value) for key, value in values.items()},
+            "data_position": position,
+            "last_checkpoint": self._saved_step,
+        }
+        write_json(self._folder.failure, failure)
+        saved = "there is no checkpoint" if self._saved_step is None else f"last checkpoint: step {self._saved_step}"
+        raise NonFiniteLossError(
+            f"{name} is {values[name]} at step {step}, whose data begins at {position}; {saved}; "
+            f"see {self._folder.failure}"
+        )
+
+    def _log(self, learning_rate: float) -> None:
+        state = self._state
+        summary = state.window.summary()
+        losses = {k.removeprefix("loss/"): summary.pop(k) for k in list(summary) if k.startswith("loss/")}
+        state.last_training = {
+            "kind": "training",
+            "step": state.step,
+            "tokens": state.tokens,
+            "epoch": state.epoch,
+            "loss": summary.pop("loss"),
+            "losses": losses,
+            "learning_rate": learning_rate,
+            **summary,
+            "tokens_per_second": self._window_tokens / max(self._window_seconds, 1e-9),
+            "seconds": state.seconds,
+        }
+        self._write(state.last_training)
+        state.window.clear()
+        state.positions.clear()
+        self._window_seconds, self._window_tokens = 0.0, 0
+
+    def _evaluate(self, is_last: bool) -> None:
+        state = self._state
+        decisions = self._validator.finish(state.model) if is_last else self._validator.evaluate(state.model)
+        if not decisions:
+            return
+        state.last_evaluation = {
+            "kind": "evaluation",
+            "step": state.step,
+            "tokens": state.tokens,
+            "decisions": decisions,
+        }
+        self._write(state.last_evaluation)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._folder.journal.write(record)
+        self._progress.record(record)
+
+    def _save(self) -> None:
+        state = self._state
+        if self._saved_step == state.step:
+            return
+        self._folder.journal.sync()
+        checkpoint.save(
+            self._folder.checkpoints,
+            state.step,
+            model=state.model,
+            tensors=state.tensors(),
+            values=state.values(),
+            keep=self._options.keep_checkpoints,
+        )
+        self._saved_step = state.step
+
+    def _finish(self) -> None:
+        """Write the finished model with its tokenizer, and summary.json."""
+        state = self._state
+        state.model.config.mean_depth = default_budget(state.options, state.model)
+        with new_folder(self._folder.final, replace=True) as partial, without_progress_bars():
+            state.model.save_pretrained(partial)
+            state.tokenizer.save_pretrained(partial)
+        count = count_parameters(state.model.config)
+        write_json(
+            self._folder.summary,
+            {
+                "steps": state.step,
+                "tokens": state.tokens,
+                "seconds": state.seconds,
+                "unique_parameters": count.total,
+                "training": state.last_training,
+                "evaluation": state.last_evaluation,
+            },
+        )
+
+    def _result(self, *, interrupted: bool) -> TrainResult:
+        return TrainResult(
+            folder=self._folder.path,
+            step=self._state.step,
+            interrupted=interrupted,
+            model=None if interrupted else self._folder.final,
+            training=self._state.last_training,
+            evaluation=self._state.last_evaluation,
+        )

@@ -1,0 +1,80 @@
+"""One optimizer step: micro-batches forward and backward, clip, update.
+
+Legend: B rows, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mor.data.loader import Batch
+from mor.model.modeling_mor import MorCausalLMOutput, MorForCausalLM
+from mor.train.optim import clip_gradients, set_learning_rate
+from mor.train.precision import autocast
+from mor.train.state import TrainingState
+from mor.train.window import Window
+
+
+def accumulate_gradients(
+    model: MorForCausalLM, batches: Sequence[Batch], *, dtype: torch.dtype, window: Window | None = None
+) -> dict[str, Tensor]:
+    """Add the gradient of the mean loss over all target tokens of `batches`, however they are cut into micro-batches.
+
+    Returns `loss` and its unweighted parts `loss/{part}` as 0-d tensors, means over the whole step.
+    """
+    targets = sum(_num_targets(batch) for batch in batches)
+    values: dict[str, Tensor] = {}
+    for batch in batches:
+        output = _forward(model, batch, targets, dtype)
+        assert output.loss is not None and output.losses is not None
+        output.loss.backward()
+        share = _num_targets(batch) / targets
+        parts = {"loss": output.loss}  # this and the language-modelling loss are sums over `targets` already
+        parts |= {f"loss/{name}": loss * (1.0 if name == "lm" else share) for name, loss in output.losses.items()}
+        for name, value in parts.items():
+            values[name] = values[name] + value.detach() if name in values else value.detach()
+        if window is not None:
+            assert output.depths is not None and output.routing is not None
+            window.add_forward(output.depths, output.routing)
+    return values
+
+
+def _num_targets(batch: Batch) -> int:
+    """Tokens to predict: all but the first of each row."""
+    return batch.input_ids.shape[0] * (batch.input_ids.shape[1] - 1)
+
+
+def _forward(model: MorForCausalLM, batch: Batch, targets: int, dtype: torch.dtype) -> MorCausalLMOutput:
+    ids_BT = batch.input_ids.to(model.device, non_blocking=True)
+    documents_BT = None if batch.document_ids is None else batch.document_ids.to(model.device, non_blocking=True)
+    # The first token is nobody's target: left in, it would count in the share that weighs the router losses.
+    labels_BT = F.pad(ids_BT[:, 1:], (1, 0), value=-100)
+    with autocast(model.device, dtype):
+        return model(
+            input_ids=ids_BT,
+            labels=labels_BT,
+            document_ids=documents_BT,
+            num_items_in_batch=targets,
+            use_cache=False,
+        )
+
+
+def optimizer_step(state: TrainingState, learning_rate: float) -> None:
+    """Take the next step of a run at `learning_rate`, and add what it measured to the window."""
+    state.positions.append(state.loader.state_dict())
+    count = state.options.training.gradient_accumulation_steps
+    batches = [next(state.loader) for _ in range(count)]
+    values = accumulate_gradients(state.model, batches, dtype=state.dtype, window=state.window)
+    norms = clip_gradients(state.optimizer, state.options.optimizer.max_gradient_norm)
+    set_learning_rate(state.optimizer, learning_rate)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.model.update_router_bias()
+    state.window.add_step(values | norms)
+    state.step += 1
+    state.tokens += state.options.training.tokens_per_step
+    state.epoch = batches[-1].epoch

@@ -1,0 +1,122 @@
+"""Quality on held-out text while training, under decision rules that are named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mor.model.calibrate import calibrate, can_calibrate
+from mor.model.modeling_mor import MorForCausalLM
+from mor.model.scoring import score_tokens
+from mor.train.precision import autocast
+
+WITH_CAPACITIES = ("expert_choice", "random")
+
+
+def trained_mean_depth(model: MorForCausalLM) -> float | None:
+    """The mean depth that training aims at, for routers with capacities; None for the others."""
+    if model.config.router not in WITH_CAPACITIES:
+        return None
+    assert model.config.capacities is not None
+    return max(1.0, sum(model.config.capacities))
+
+
+class Validator:
+    """Scores fixed validation rows.
+
+    `rows`: (B, T) batches to score; empty: nothing is. `calibration_rows`: training rows that thresholds are taken
+    from; empty: none are.
+    `bytes_per_token`: of the validation text. `dtype`: of matrix products.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: Sequence[Tensor],
+        calibration_rows: Sequence[Tensor],
+        bytes_per_token: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._rows, self._calibration_rows = rows, calibration_rows
+        self._bytes_per_token, self._dtype = bytes_per_token, dtype
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it takes thresholds at all."""
+        return bool(self._calibration_rows)
+
+    def evaluate(self, model: MorForCausalLM) -> dict[str, dict[str, float]]:
+        """Scores by decision rule: `causal`, and for routers trained with it `top_k`, whose gap to causal it shows.
+
+        Routers with capacities are calibrated first, to their trained mean depth and on a quarter of the rows, so that
+        the causal thresholds fit the weights of the moment. The model's mode and the random generators are left as they
+        were. Empty without rows to score.
+        """
+        with _aside(model), autocast(model.device, self._dtype):
+            depth = trained_mean_depth(model) if self.calibrates else None
+            if depth is not None and self._rows:
+                grid = _bracket(depth, model.config.num_recursions)
+                few = self._calibration_rows[: -(-len(self._calibration_rows) // 4)]
+                calibrate(model, self._on_device(model, few), mean_depths=grid)
+            return self._scores(model, depth)
+
+    def finish(self, model: MorForCausalLM) -> dict[str, dict[str, float]]:
+        """As `evaluate`, after calibrating every router that has a budget over the whole range of budgets.
+
+        In float32, as thresholds that outlive the run should be.
+        """
+        with _aside(model):
+            depth = trained_mean_depth(model) if self.calibrates else None
+            if self.calibrates and can_calibrate(model):
+                calibrate(model, self._on_device(model, self._calibration_rows))
+            return self._scores(model, depth)
+
+    def _scores(self, model: MorForCausalLM, mean_depth: float | None) -> dict[str, dict[str, float]]:
+        if not self._rows:
+            return {}
+        scores = {"causal": self._score(model, "causal", mean_depth)}
+        if model.config.router in WITH_CAPACITIES:
+            scores["top_k"] = self._score(model, "top_k", None)
+        return scores
+
+    def _score(self, model: MorForCausalLM, decision: str, mean_depth: float | None) -> dict[str, float]:
+        total, tokens, depths, visited = 0.0, 0, 0, 0
+        for rows in self._on_device(model, self._rows):
+            scores = score_tokens(model, rows, decision=decision, mean_depth=mean_depth)
+            total += float(scores.nll_BT.double()[scores.counted_BT].sum())
+            tokens += int(scores.counted_BT.sum())
+            depths += int(scores.depths_BT.sum())
+            visited += scores.depths_BT.numel()
+        nll = total / tokens
+        return {
+            "nll": nll,
+            "bits_per_byte": nll / math.log(2) / self._bytes_per_token,
+            "mean_depth": depths / visited,
+            "tokens": tokens,
+        }
+
+    def _on_device(self, model: MorForCausalLM, rows: Sequence[Tensor]) -> Iterator[Tensor]:
+        return (batch.to(model.device) for batch in rows)
+
+
+def _bracket(mean_depth: float, num_recursions: int) -> list[float]:
+    """The depth and a little to both sides, so that it lies inside the calibration table."""
+    margin = 0.05 * (num_recursions - 1)
+    return [max(1.0, mean_depth - margin), mean_depth, min(float(num_recursions), mean_depth + margin)]
+
+
+@contextmanager
+def _aside(model: MorForCausalLM) -> Iterator[None]:
+    """Leave the model's mode and the random generators as they were, whatever happens inside."""
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
