@@ -16,7 +16,9 @@ from .configuration_mor import MorConfig
 from .decision import CalibrationRule, DecisionRule
 from .router_losses import balancing_loss, depth_load, z_loss
 from .routing import Choice, Route, Router, RoutingInput, ScoreHead, Scores
-from .token_set import TokenSet
+from .token_set import HostCounts, TokenSet
+
+_ROUNDING = 64  # sizes in a few steps: compiled code and attention kernels like them
 
 
 class DepthRule:
@@ -33,12 +35,19 @@ class DepthRule:
             score_BTR = score_BTR + (self.bias if self.bias.dim() == 1 else self.bias[:, None])
         return score_BTR.argmax(dim=-1)
 
-    def choose(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, num_tokens: Tensor | int) -> TokenSet:
-        """`score_BA`: the depths chosen. Everyone takes the first recursion."""
+    def choose(
+        self,
+        recursion: int,
+        score_BA: Tensor,
+        valid_BA: Tensor | None,
+        num_tokens: Tensor | int,
+        size: int | None = None,
+    ) -> TokenSet:
+        """`score_BA`: the depths chosen. Everyone takes the first recursion. `size`: places, if known."""
         if recursion == 0:
             return TokenSet(valid_BK=valid_BA)
         keep_BA = score_BA >= recursion
-        return TokenSet.from_mask(keep_BA if valid_BA is None else keep_BA & valid_BA)
+        return TokenSet.from_mask(keep_BA if valid_BA is None else keep_BA & valid_BA, size)
 
 
 class TiltSearch(DepthRule):
@@ -153,14 +162,30 @@ class TokenRoute:
     logits_BTR: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Send the sizes of all recursions to the host while the first one runs."""
+        valid_BT = self.inputs.tokens.valid_BK
+        levels = torch.arange(self.router.num_recursions, device=self.depth_BT.device)
+        taken_BTR = self.depth_BT[..., None] >= levels
+        if valid_BT is not None:
+            taken_BTR = taken_BTR & valid_BT[..., None]
+        self._counts = HostCounts(taken_BTR.sum(1).amax(0))
+
     def choose(self, recursion: int, x_BAD: Tensor, alive: TokenSet) -> Choice:
         rule = self.inputs.rule
-        chosen = rule.choose(recursion, alive.gather(self.depth_BT), alive.valid_BK, self.inputs.num_tokens)
+        assert isinstance(rule, DepthRule)
+        depth_BA = alive.gather(self.depth_BT)
+        size = self._size(recursion, depth_BA.shape[1]) if recursion else None
+        chosen = rule.choose(recursion, depth_BA, alive.valid_BK, self.inputs.num_tokens, size)
         gate_BK = alive.compose(chosen).gather(self.gate_BT)
         if recursion > 0:
             return Choice(chosen=chosen, gate_BK=gate_BK)
         scores = Scores(logits_BA=self.logits_BTR, decisive_BA=self.logits_BTR, gate_BA=self.gate_BT)
         return Choice(chosen=chosen, gate_BK=gate_BK, scores=scores)
+
+    def _size(self, recursion: int, most: int) -> int:
+        step = _ROUNDING if self.router.training else 1
+        return min(most, -(-self._counts[recursion] // step) * step)
 
     def merge(
         self, recursion: int, x_BKD: Tensor, y_BKD: Tensor, gate_BK: Tensor, active: TokenSet

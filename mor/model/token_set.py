@@ -14,6 +14,28 @@ import torch
 from torch import Tensor
 
 
+class HostCounts:
+    """Small integers on their way from the device to the host.
+
+    The copy starts at once and is waited for when a number is asked for: by then the device has work queued behind it,
+    so it does not idle.
+    """
+
+    def __init__(self, counts: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._counts = counts
+        if counts.is_cuda:
+            self._counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+            self._counts.copy_(counts, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def __getitem__(self, index: int) -> int:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return int(self._counts[index])
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenSet:
     """A subset of the T tokens of each of B rows.
@@ -36,10 +58,12 @@ class TokenSet:
         return self.index_BK is not None and self.index_BK.shape[1] == 0
 
     @classmethod
-    def from_mask(cls, member_BT: Tensor) -> TokenSet:
-        """The tokens where `member_BT` is true. Reads the largest row count from the device."""
+    def from_mask(cls, member_BT: Tensor, size: int | None = None) -> TokenSet:
+        """The tokens where `member_BT` is true, in `size` places; None: as many as the longest row needs, which is read
+        from the device."""
         count_B = member_BT.sum(1)
-        size = int(count_B.max()) if count_B.numel() else 0
+        if size is None:
+            size = int(count_B.max()) if count_B.numel() else 0
         index_BK = torch.argsort(~member_BT, dim=1, stable=True)[:, :size]
         valid_BK = torch.arange(size, device=member_BT.device) < count_B[:, None]
         return cls(index_BK=index_BK, valid_BK=valid_BK)

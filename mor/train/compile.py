@@ -1,26 +1,45 @@
 """Compiling a model for training: the arithmetic of its layers, and nothing that decides.
 
-A layer's code before and after attention is compiled once per shape and reused by all layers and recursions. Routing,
-gathering and the choice of keys and values stay in Python: they launch few kernels and never wait for the device.
+A layer's code before and after attention is compiled once per number of active tokens and reused by all layers.
+Routing, gathering and the choice of keys and values stay in Python: they launch few kernels and never wait.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
+from mor.model.configuration_mor import MorConfig
 from mor.model.layers import MorDecoderLayer
 from mor.model.modeling_mor import MorForCausalLM
 
 COMPILED = ("before_attention", "queries_alone", "after_attention")
 
 
-def compile_layers(model: MorForCausalLM, *, dynamic: bool | None = None) -> None:
-    """Replace the layers' tensor arithmetic by compiled code, without graph breaks.
+def compile_layers(model: MorForCausalLM) -> None:
+    """Let the layers of a model in training mode run compiled, without graph breaks.
 
-    `dynamic`: compile for any number of active tokens, for routers whose numbers change from step to step.
+    Evaluation runs as before: its sets of tokens differ from batch to batch. Where training's do so too, the code is
+    compiled for any number of tokens.
     """
+    dynamic = has_varying_sets(model.config)
     for layer in model.modules():
         if isinstance(layer, MorDecoderLayer):
             for name in COMPILED:
-                plain = getattr(type(layer), name).__get__(layer)
-                setattr(layer, name, torch.compile(plain, fullgraph=True, dynamic=dynamic))
+                setattr(layer, name, _in_training(layer, getattr(layer, name), dynamic))
+
+
+def has_varying_sets(config: MorConfig) -> bool:
+    """Whether the number of tokens at a recursion changes from one training step to the next."""
+    return config.router == "token_choice" or config.capacity_warmup_steps > 0
+
+
+def _in_training(layer: MorDecoderLayer, plain: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+    compiled = torch.compile(plain, fullgraph=True, dynamic=dynamic)
+
+    def call(*args: Any) -> Any:
+        return (compiled if layer.training else plain)(*args)
+
+    return call

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 ScheduleKind = Literal["trapezoid", "cosine"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Parallelism = Literal["auto", "none", "ddp", "fsdp"]
 
 
 def _check_choice(name: str, value: str, choices: object) -> None:
@@ -108,6 +109,7 @@ class TrainingOptions:
         keep_checkpoints: newest checkpoints that are kept.
         device: `auto` (CUDA if present, else CPU) or a torch device.
         precision: `bfloat16` (autocast over float32 weights; CUDA only), `float32`, or `auto`: the former if possible.
+        compile: run the layers compiled by torch.compile. None: on CUDA.
         gradient_checkpointing: recompute activations in the backward pass.
         official_aux_loss_scale: multiply the coefficient of the router's auxiliary loss by
             `gradient_accumulation_steps`, as the authors' code does without meaning to: its published 0.001 acted as
@@ -127,6 +129,7 @@ class TrainingOptions:
     keep_checkpoints: int = 2
     device: str = "auto"
     precision: Precision = "auto"
+    compile: bool | None = None
     gradient_checkpointing: bool = False
     official_aux_loss_scale: bool = False
 

@@ -15,6 +15,8 @@ from mor.model.configuration_mor import MorConfig
 from mor.model.modeling_mor import MorForCausalLM
 from mor.train import random_state
 from mor.train.checkpoint import Checkpoint, CheckpointError
+from mor.train.compile import compile_layers
+from mor.train.fused_loss import choose_lm_loss
 from mor.train.optim import build_optimizer
 from mor.train.options import RunOptions
 from mor.train.precision import choose_device, choose_precision
@@ -47,7 +49,10 @@ def build_run(options: RunOptions, checkpoint: Checkpoint | None = None) -> tupl
         optimizer=build_optimizer(model, options.optimizer),
         loader=_loader(shards, options, options.training.seed),
         window=Window(model.config),
+        lm_loss=choose_lm_loss(device),
     )
+    if options.training.compile or (options.training.compile is None and device.type == "cuda"):
+        compile_layers(model)
     validator = build_validator(options, shards, dtype)
     if checkpoint is not None:
         state.restore(checkpoint)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mor.config import to_dict
 from mor.data.loader import PackedLoader
+from mor.model.lm_loss import LmLoss
 from mor.model.modeling_mor import MorForCausalLM
 from mor.train import random_state
 from mor.train.checkpoint import Checkpoint
@@ -23,9 +24,9 @@ from mor.train.window import Window
 class TrainingState:
     """A run between two steps.
 
-    `step`, `tokens`: finished steps and the tokens they read. `seconds`: time spent training, earlier processes
-    included. `positions`: the data position before each step of the window. `last_training`, `last_evaluation`: the
-    newest lines of metrics.jsonl.
+    `lm_loss`: how the loss is computed, None: by the model. `step`, `tokens`: finished steps and the tokens they read.
+    `seconds`: time spent training, earlier processes included. `positions`: the data position before each step of the
+    window. `last_training`, `last_evaluation`: the newest lines of metrics.jsonl.
     """
 
     options: RunOptions
@@ -36,6 +37,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     loader: PackedLoader
     window: Window
+    lm_loss: LmLoss | None = None
     step: int = 0
     tokens: int = 0
     epoch: int = 0

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mor.data.loader import Batch
+from mor.model.lm_loss import LmLoss
 from mor.model.modeling_mor import MorCausalLMOutput, MorForCausalLM
 from mor.train.optim import clip_gradients, set_learning_rate
 from mor.train.precision import autocast
@@ -20,7 +21,12 @@ from mor.train.window import Window
 
 
 def accumulate_gradients(
-    model: MorForCausalLM, batches: Sequence[Batch], *, dtype: torch.dtype, window: Window | None = None
+    model: MorForCausalLM,
+    batches: Sequence[Batch],
+    *,
+    dtype: torch.dtype,
+    lm_loss: LmLoss | None = None,
+    window: Window | None = None,
 ) -> dict[str, Tensor]:
     """Add the gradient of the mean loss over all target tokens of `batches`, however they are cut into micro-batches.
 
@@ -29,7 +35,7 @@ def accumulate_gradients(
     targets = sum(_num_targets(batch) for batch in batches)
     values: dict[str, Tensor] = {}
     for batch in batches:
-        output = _forward(model, batch, targets, dtype)
+        output = _forward(model, batch, targets, dtype, lm_loss)
         assert output.loss is not None and output.losses is not None
         output.loss.backward()
         share = _num_targets(batch) / targets
@@ -48,7 +54,9 @@ def _num_targets(batch: Batch) -> int:
     return batch.input_ids.shape[0] * (batch.input_ids.shape[1] - 1)
 
 
-def _forward(model: MorForCausalLM, batch: Batch, targets: int, dtype: torch.dtype) -> MorCausalLMOutput:
+def _forward(
+    model: MorForCausalLM, batch: Batch, targets: int, dtype: torch.dtype, lm_loss: LmLoss | None
+) -> MorCausalLMOutput:
     ids_BT = batch.input_ids.to(model.device, non_blocking=True)
     documents_BT = None if batch.document_ids is None else batch.document_ids.to(model.device, non_blocking=True)
     # The first token is nobody's target: left in, it would count in the share that weighs the router losses.
@@ -60,6 +68,7 @@ def _forward(model: MorForCausalLM, batch: Batch, targets: int, dtype: torch.dty
             document_ids=documents_BT,
             num_items_in_batch=targets,
             use_cache=False,
+            lm_loss=lm_loss,
         )
 
 
@@ -68,7 +77,7 @@ def optimizer_step(state: TrainingState, learning_rate: float) -> None:
     state.positions.append(state.loader.state_dict())
     count = state.options.training.gradient_accumulation_steps
     batches = [next(state.loader) for _ in range(count)]
-    values = accumulate_gradients(state.model, batches, dtype=state.dtype, window=state.window)
+    values = accumulate_gradients(state.model, batches, dtype=state.dtype, lm_loss=state.lm_loss, window=state.window)
     norms = clip_gradients(state.optimizer, state.options.optimizer.max_gradient_norm)
     set_learning_rate(state.optimizer, learning_rate)
     state.optimizer.step()
