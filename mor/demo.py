@@ -43,7 +43,7 @@ TITLES: dict[Kind, str] = {"mor": "MoR", "vanilla": "vanilla", "recursive": "rec
 PROMPT = "The with statement is used to"
 CORPUS_BYTES = 4_000_000
 PIECE_CHARACTERS = 900
-TRAINING_SHARE = 0.6  # of the minutes; the rest is for the text, the measurements and the page
+TRAINING_SHARE = 0.65  # of the minutes; the rest is for the text, the measurements and the page
 MAX_THREADS = 8  # more of them only wait for each other in models this small
 
 
@@ -62,7 +62,7 @@ class DemoOptions:
     prompt: str = PROMPT
     max_new_tokens: int = 180
     vocab_size: int = DEMO_VOCABULARY
-    evaluation_tokens: int = 32768
+    evaluation_tokens: int = 24576
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -253,7 +253,8 @@ def _study(options: DemoOptions, run: RunOptions, console: Console) -> Findings:
     console.print(f"suffix probe: {probe}\n")
     _print_routing(routing, console)
     console.print(Text("\nA text it wrote, every token coloured by its depth\n", "bold"))
-    sampling = Sampling(max_new_tokens=options.max_new_tokens, temperature=0.7, top_p=0.9, seed=options.seed)
+    length = options.max_new_tokens
+    sampling = Sampling(max_new_tokens=length, min_new_tokens=length, temperature=0.7, top_p=0.9, seed=options.seed)
     views = stream_tokens(model, tokenizer, options.prompt, sampling)
     tokens = print_stream(views, model.config.num_recursions, console=console, notes=console)
     return Findings(budgets=budgets, routing=routing, probe=probe, tokens=tokens)
@@ -279,6 +280,7 @@ def _report(
         tokens=findings.tokens,
         text_note="The model was given the words in italics and wrote the rest.",
         arms=arms,
+        subject="mor",
         baseline="vanilla",
         depth_counts=findings.routing.depth_counts,
         score_bins=[recursion.bins for recursion in findings.routing.recursions],

@@ -176,9 +176,9 @@ def _paper_name(size_name: str, kind: Kind, num_recursions: int, router: str, kv
     return "-".join(parts)
 
 
-DEMO_STEPS = 480
+DEMO_STEPS = 900
 DEMO_LENGTH = 256
-DEMO_ROWS = 8
+DEMO_ROWS = 4
 DEMO_VOCABULARY = 1024
 DEMO_KINDS: tuple[Kind, ...] = ("mor", "vanilla", "recursive")
 
@@ -206,7 +206,7 @@ def demo_run(kind: Kind, *, mor_steps: int = DEMO_STEPS, vocab_size: int = DEMO_
             sequence_length=DEMO_LENGTH,
             log_interval=max(1, steps // 100),
             evaluation_interval=max(1, -(-steps // 6)),
-            evaluation_tokens=4 * DEMO_ROWS * DEMO_LENGTH,
+            evaluation_tokens=8 * DEMO_ROWS * DEMO_LENGTH,
             calibration_tokens=8 * DEMO_ROWS * DEMO_LENGTH,
             checkpoint_interval=0,
             keep_checkpoints=1,
@@ -230,12 +230,12 @@ def _demo_model(kind: Kind, vocab_size: int) -> dict[str, Any]:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": DEMO_LENGTH,
-        "initializer_range": 0.05,
+        "initializer_range": 0.07,
     }
     if kind != "vanilla":
         model |= {"num_recursions": 3, "sharing": "middle_cycle"}
     if kind == "mor":
-        model |= {"router": "expert_choice", "num_calibration_points": 17}
+        model |= {"router": "expert_choice", "num_calibration_points": 13}
     return model
 
 

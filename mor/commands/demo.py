@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="what the generated text begins with")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens to write (default 180)")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens of the tokenizer (default 2048)")
-    parser.add_argument("--evaluation-tokens", type=int, metavar="N", help="held-out tokens to score (default 32768)")
+    parser.add_argument("--evaluation-tokens", type=int, metavar="N", help="held-out tokens to score (default 24576)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and drawing (default 0)")
 
 

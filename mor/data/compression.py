@@ -12,30 +12,30 @@ _LARGEST_WINDOW = 2**31
 _CHUNK_BYTES = 2**17
 
 
-def open_decompressed(file: Path) -> BinaryIO:
-    """The bytes of `file`, decompressed as its suffix says.
+def open_decompressed(file: Path, raw: BinaryIO | None = None) -> BinaryIO:
+    """The bytes of `file`, decompressed as its suffix says; read through `raw`, an open file, where one is given.
 
     Reading raises EOFError when the file was cut short; gzip.BadGzipFile, zlib.error or EOFError when it is damaged.
     """
     compression = file.suffix.lower()
     if compression == ".gz":
-        return cast(BinaryIO, gzip.open(file, "rb"))
+        return cast(BinaryIO, gzip.open(raw or file, "rb"))
     if compression == ".zst":
-        return cast(BinaryIO, io.BufferedReader(ZstandardReader(file), _CHUNK_BYTES))
-    return file.open("rb")
+        return cast(BinaryIO, io.BufferedReader(ZstandardReader(raw or file.open("rb")), _CHUNK_BYTES))
+    return raw or file.open("rb")
 
 
 class ZstandardReader(io.RawIOBase):
-    """The decompressed bytes of a Zstandard file of one or more frames.
+    """The decompressed bytes of an open Zstandard file of one or more frames.
 
     The reader of the library itself ends quietly where a file was cut short; this one raises EOFError.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         import zstandard
 
         self._error = zstandard.ZstdError
-        self._file = file.open("rb")
+        self._file = file
         self._context = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
         self._frame = self._context.decompressobj()
         self._is_inside = False

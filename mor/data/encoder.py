@@ -1,6 +1,8 @@
 """Documents to token ids, in batches."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from mor.data.tokenizer import byte_tokenizer, fingerprint
 
 Ids = npt.NDArray[np.unsignedinteger]
+
+_OWN_THREADS = "TOKENIZERS_PARALLELISM"
 
 
 class Encoder(Protocol):
@@ -28,6 +32,20 @@ def make_encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
     return FastEncoder(tokenizer)
 
 
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Keep the tokenizers library from starting threads of its own, while threads of ours call it side by side."""
+    before = os.environ.get(_OWN_THREADS)
+    os.environ[_OWN_THREADS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_OWN_THREADS]
+        else:
+            os.environ[_OWN_THREADS] = before
+
+
 class ByteEncoder:
     """The ids of the byte tokenizer, which are the bytes."""
 
@@ -36,7 +54,10 @@ class ByteEncoder:
 
 
 class FastEncoder:
-    """The ids of any fast tokenizer, on all cores; padding, truncation and templates of `tokenizer` do not apply."""
+    """The ids of any fast tokenizer; its padding, truncation and templates do not apply.
+
+    One call uses all cores, except inside `one_thread_each`.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

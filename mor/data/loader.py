@@ -39,9 +39,9 @@ class PackedLoader:
     """Endless batches: every epoch gives all documents in a new order, end to end, cut into rows of `sequence_length`.
 
     Each document ends with its end-of-text token, and the last tokens of an epoch share a row with the first of the
-    next, so that an epoch gives every token exactly once. The rows form one global stream, dealt out to `world_size`
-    ranks in turn; it depends on nothing but the shards, `seed` and `sequence_length`. Memory does not grow with the
-    number of documents.
+    next, so that an epoch gives every token exactly once. The rows form one global stream, whose batches `world_size`
+    ranks take in turn; it depends on nothing but the shards, `seed` and `sequence_length`. Memory does not grow with
+    the number of documents.
 
     Args:
         batch_size: rows that this rank gets in each batch (B).
@@ -84,8 +84,9 @@ class PackedLoader:
         documents_BT = np.empty(shape, dtype=np.int64)
         for row in range(self.batch_size * self.world_size):
             pieces = self._next_row()
-            if row % self.world_size == self.rank:
-                self._fill(pieces, ids_BT[row // self.world_size], documents_BT[row // self.world_size])
+            rank, place = divmod(row, self.batch_size)
+            if rank == self.rank:
+                self._fill(pieces, ids_BT[place], documents_BT[place])
         return Batch(
             input_ids=torch.from_numpy(ids_BT),
             document_ids=torch.from_numpy(documents_BT) if self.document_ids else None,

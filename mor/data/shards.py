@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from mor.data.build import ShardProgress, build_shards, write_shards
 from mor.data.encoder import Ids
 from mor.data.manifest import TOKENIZER_FOLDER, check_files, read_manifest
-from mor.data.shard_writer import ShardProgress, write_shards
 from mor.data.split import Split
 from mor.data.tokenizer import fingerprint, load_tokenizer
 
-__all__ = ["ShardProgress", "TokenShards", "write_shards"]
+__all__ = ["ShardProgress", "TokenShards", "build_shards", "write_shards"]
 
 _HASHED_BYTES = 2**20
 

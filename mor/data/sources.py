@@ -1,39 +1,22 @@
-"""Sources of documents: text, Markdown, JSON lines and parquet files, plain or compressed, and folders of them."""
+"""Sources of documents by name: files, folders, data sets of the Hugging Face hub or on disk, and mixtures of them."""
 
-import contextlib
-import gzip
-import hashlib
-import io
-import json
-import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from mor.data.compression import COMPRESSIONS, open_decompressed
+from mor.data.address import split_options, split_weight
+from mor.data.compression import COMPRESSIONS
+from mor.data.hub import HUB_PREFIX, HubSource
+from mor.data.listing import summarise
+from mor.data.mixture import Mixture
+from mor.data.readers import LINE_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIXES, FileReader, file_kind
+from mor.data.saved_dataset import SavedDataset, is_saved_dataset
 from mor.data.standard_library import StandardLibrary
+from mor.data.stream import DocumentStream, Position, Source
 
 STANDARD_LIBRARY = "standard-library"
-TEXT_SUFFIXES = (".txt", ".md")
-LINE_SUFFIXES = (".jsonl",)
-PARQUET_SUFFIX = ".parquet"
 
-_READ_CHARACTERS = 2**16
-_PARQUET_ROWS = 256
-_BLANK_LINE = re.compile(r"\n\r?\n")
-
-
-class Source(Protocol):
-    """Documents in a fixed order, and a description by which to tell whether two sources give the same ones."""
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-able facts that change when the documents do."""
-        ...
-
-    def documents(self) -> Iterator[str]:
-        """The documents, one at a time."""
-        ...
+__all__ = ["STANDARD_LIBRARY", "FileSource", "Source", "open_mixture", "open_source", "read_documents"]
 
 
 class FileSource:
@@ -55,61 +38,105 @@ class FileSource:
 
     def describe(self) -> dict[str, Any]:
         """Names, sizes and times of change of the files, summed up, and how they are read."""
-        listing = hashlib.sha256()
-        num_bytes = 0
-        for file in self.files:
-            status = file.stat()
-            num_bytes += status.st_size
-            name = file.relative_to(self.root).as_posix() if file != self.root else file.name
-            listing.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         return {
             "kind": "files",
-            "name": self.root.name,
-            "files": len(self.files),
-            "bytes": num_bytes,
-            "listing": listing.hexdigest(),
+            **summarise(self.root, self.files),
             "text_field": self.text_field,
             "document_characters": self.document_characters,
         }
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, position: Position | None = None) -> DocumentStream:
         """The documents, read as they are asked for. Raises ValueError naming the file and line that cannot be read."""
-        for file in self.files:
-            kind = _kind(file)
-            if kind in TEXT_SUFFIXES:
-                yield from _read_text(file, self.document_characters)
-            elif kind in LINE_SUFFIXES:
-                yield from _read_lines(file, self.text_field)
-            else:
-                yield from _read_parquet(file, self.text_field)
+        return FileStream(self, position)
+
+    def reader(self, index: int) -> FileReader:
+        """What reads file `index`."""
+        return FileReader(
+            file=self.files[index], text_field=self.text_field, document_characters=self.document_characters
+        )
 
 
-def open_source(path: str | Path, *, text_field: str = "text", max_bytes: int | None = None) -> Source:
-    """The source at `path`, or the embedded corpus for the name "standard-library", of which `max_bytes` are taken."""
-    if str(path) == STANDARD_LIBRARY:
+class FileStream:
+    """The documents of a `FileSource`; a position is a file and how many documents it has given."""
+
+    def __init__(self, source: FileSource, position: Position | None) -> None:
+        self._source = source
+        self._file, self._given = (position["file"], position["documents"]) if position else (0, 0)
+        self._sizes = [file.stat().st_size for file in source.files]
+        self._reader: FileReader | None = None
+        self._texts = self._read()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._texts)
+
+    def position(self) -> Position | None:
+        return {"file": self._file, "documents": self._given}
+
+    def share(self) -> float | None:
+        done: float = sum(self._sizes[: self._file])
+        if self._reader is not None:
+            done += self._reader.share() * self._sizes[self._file]
+        return done / max(1, sum(self._sizes))
+
+    def _read(self) -> Iterator[str]:
+        while self._file < len(self._sizes):
+            self._reader = self._source.reader(self._file)
+            for text in self._reader.documents(self._given):
+                self._given += 1
+                yield text
+            self._reader, self._given = None, 0
+            self._file += 1
+
+
+def open_source(address: str | Path, *, text_field: str = "text", max_bytes: int | None = None) -> Source:
+    """The source that `address` names.
+
+    "standard-library" is the embedded corpus, of which `max_bytes` are taken; `hf://...` a data set that the library
+    `datasets` streams; all else a path: a folder written by its `save_to_disk`, a file, or a folder of files. After a
+    path, `?column=...` and, for saved data sets, `&split=...` may follow. Raises FileNotFoundError or ValueError.
+    """
+    if str(address) == STANDARD_LIBRARY:
         return StandardLibrary() if max_bytes is None else StandardLibrary(max_bytes=max_bytes)
     if max_bytes is not None:
-        raise ValueError(f"max_bytes={max_bytes} is only for {STANDARD_LIBRARY!r}, not for {path}")
-    return FileSource(path, text_field=text_field)
+        raise ValueError(f"max_bytes={max_bytes} is only for {STANDARD_LIBRARY!r}, not for {address}")
+    if str(address).startswith(HUB_PREFIX):
+        return HubSource(str(address), column=text_field)
+    place, options = (address, {}) if Path(address).exists() else split_options(str(address), ("column", "split"))
+    column = options.get("column", text_field)
+    if is_saved_dataset(Path(place)):
+        return SavedDataset(place, column=column, split=options.get("split"))
+    if "split" in options:
+        raise ValueError(f"{address}: only data sets of the library datasets have splits, not {place}")
+    return FileSource(place, text_field=column)
+
+
+def open_mixture(addresses: Sequence[str], *, text_field: str = "text") -> Source:
+    """The one source given, or several mixed by their weights, as in `["a=0.7", "b=0.3"]`.
+
+    Raises ValueError where one of several has no weight.
+    """
+    parts = [split_weight(address) for address in addresses]
+    if len(parts) == 1:
+        return open_source(parts[0][0], text_field=text_field)
+    weights: list[float] = []
+    for address, weight in parts:
+        if weight is None:
+            raise ValueError(f"{address} has no weight; to mix sources give each one, such as {address}=0.5")
+        weights.append(weight)
+    return Mixture([open_source(address, text_field=text_field) for address, _ in parts], weights)
 
 
 def read_documents(path: str | Path, *, text_field: str = "text") -> Iterator[str]:
     """The documents at `path`, as `FileSource` reads them."""
-    return FileSource(path, text_field=text_field).documents()
+    return iter(FileSource(path, text_field=text_field).documents())
 
 
 def standard_library_documents(max_bytes: int | None = None) -> Iterator[str]:
     """The documents of the embedded corpus, as `StandardLibrary` gives them."""
-    return open_source(STANDARD_LIBRARY, max_bytes=max_bytes).documents()
-
-
-def _kind(file: Path) -> str | None:
-    """The suffix that says how to read `file`, without that of its compression; None when unsupported."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS and suffixes[-2:-1] != [PARQUET_SUFFIX]:
-        suffixes.pop()
-    kind = suffixes[-1] if suffixes else None
-    return kind if kind in (*TEXT_SUFFIXES, *LINE_SUFFIXES, PARQUET_SUFFIX) else None
+    return iter(open_source(STANDARD_LIBRARY, max_bytes=max_bytes).documents())
 
 
 def _find_files(root: Path) -> list[Path]:
@@ -118,98 +145,12 @@ def _find_files(root: Path) -> list[Path]:
     if not root.exists():
         raise FileNotFoundError(f"no such file or folder: {root}")
     if root.is_file():
-        if _kind(root) is None:
+        if file_kind(root) is None:
             raise ValueError(f"{root} has an unsupported suffix; {hint}")
         return [root]
     inside = (path for path in root.rglob("*") if path.is_file())
     visible = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    files = sorted(path for path in visible if _kind(path) is not None)
+    files = sorted(path for path in visible if file_kind(path) is not None)
     if not files:
         raise ValueError(f"folder {root} holds no file to read among its {len(visible)}; {hint}")
     return files
-
-
-def _read_text(file: Path, document_characters: int) -> Iterator[str]:
-    """`file` as documents of `document_characters` up to the next blank line, or of twice that where there is none."""
-    waiting = ""
-    with _clear_errors(file), open_decompressed(file) as stream:
-        text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-        while piece := text.read(_READ_CHARACTERS):
-            waiting += piece
-            while (end := _cut(waiting, document_characters)) is not None:
-                yield waiting[:end]
-                waiting = waiting[end:]
-    if waiting:
-        yield waiting
-
-
-def _cut(text: str, document_characters: int) -> int | None:
-    """Where the first document of `text` ends; None while that cannot be told."""
-    limit = 2 * document_characters
-    if blank := _BLANK_LINE.search(text, document_characters - 1, limit):
-        return blank.end()
-    if len(text) < limit:
-        return None
-    line = text.rfind("\n", document_characters - 1, limit)
-    return line + 1 if line >= 0 else limit
-
-
-def _read_lines(file: Path, text_field: str) -> Iterator[str]:
-    with _clear_errors(file), open_decompressed(file) as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield _text_of_line(line, text_field, f"{file}:{number}")
-
-
-def _text_of_line(line: bytes, text_field: str, place: str) -> str:
-    try:
-        record = json.loads(line.strip().decode("utf-8-sig"))
-    except ValueError as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise ValueError(f"{place}: not a line of JSON ({reason}): {line.strip()[:60]!r}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{place}: the line holds a {type(record).__name__}; expected an object with {text_field!r}")
-    if text_field not in record:
-        raise ValueError(f"{place}: no field {text_field!r}; the line has {', '.join(map(repr, record)) or 'none'}")
-    text = _checked_text(record[text_field], text_field, place)
-    if b"\\u" in line:  # JSON can spell half a surrogate pair, which no encoding can hold
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{place}: field {text_field!r} is not valid Unicode: {error}") from error
-    return text
-
-
-def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"reading {file} needs pyarrow: pip install 'mor[parquet]'") from error
-    try:
-        with _clear_errors(file), pyarrow.parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            if text_field not in names:
-                raise ValueError(f"{file}: no column {text_field!r}; the file has {', '.join(map(repr, names))}")
-            batches = table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field])
-            values = (value for batch in batches for value in batch.column(0).to_pylist())
-            for row, value in enumerate(values):
-                yield _checked_text(value, text_field, f"{file} row {row}")
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file} is not a readable parquet file: {error}") from error
-
-
-def _checked_text(value: object, text_field: str, place: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: field {text_field!r} holds {value!r:.60} ({type(value).__name__}); expected text")
-    return value
-
-
-@contextlib.contextmanager
-def _clear_errors(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file} is damaged or cut short: {error}") from error

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Split = Literal["train", "validation"]
 
@@ -45,10 +45,35 @@ class HashSplit:
     def deal(self, documents: Iterable[Document]) -> Iterator[tuple[Split, Document]]:
         """Each document with its split. Raises ValueError when there are no two distinct documents to part."""
         for document in documents:
-            for dealt in self._release(document):
-                self._filled.add(dealt[0])
-                yield dealt
-        yield from self._finish()
+            yield from self.add(document)
+        yield from self.finish()
+
+    def add(self, document: Document) -> list[tuple[Split, Document]]:
+        """The documents that can be dealt now that `document` is known, with their splits."""
+        released = self._release(document)
+        self._filled.update(side for side, _ in released)
+        return released
+
+    def finish(self) -> list[tuple[Split, Document]]:
+        """The documents held back to the end. ValueError when there were no two distinct documents to part."""
+        if self._held and not self._filled:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} needs two distinct documents, but the corpus has one; "
+                "give more, or validation_fraction=0 for no validation split"
+            )
+        return [
+            ("train" if self._side(document) == "validation" else "validation", document) for document in self._held
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is held back and which splits are filled, as JSON."""
+        text = self._held[0].text if self._held else None
+        return {"held": text, "copies": len(self._held), "filled": sorted(self._filled)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue as the one from which `state` was taken."""
+        self._held = [make_document(state["held"])] * state["copies"] if state["copies"] else []
+        self._filled = set(state["filled"])
 
     def _side(self, document: Document) -> Split:
         return "validation" if document.share < self.validation_fraction else "train"
@@ -73,12 +98,3 @@ class HashSplit:
             self._held = [document]
             return released
         return [(side, document)]
-
-    def _finish(self) -> Iterator[tuple[Split, Document]]:
-        if self._held and not self._filled:
-            raise ValueError(
-                f"validation_fraction={self.validation_fraction} needs two distinct documents, but the corpus has one; "
-                "give more, or validation_fraction=0 for no validation split"
-            )
-        for document in self._held:
-            yield ("train" if self._side(document) == "validation" else "validation"), document

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mor.data.stream import CountedStream, DocumentStream, Position
+
 DEFAULT_BYTES = 6_000_000
 
 # Goes up when the documents change for the same Python, so that token shards made before are not taken for new ones.
@@ -48,8 +50,11 @@ class StandardLibrary:
         python = f"{platform.python_implementation()} {platform.python_version()}"
         return {"kind": "standard library", "python": python, "max_bytes": self.max_bytes, "edition": _EDITION}
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, position: Position | None = None) -> DocumentStream:
         """The documents, all kinds mixed, up to the first that would exceed `max_bytes`."""
+        return CountedStream(self._texts(), position)
+
+    def _texts(self) -> Iterator[str]:
         modules = {name: functools.cache(functools.partial(_split_module, name, path)) for name, path in _modules()}
         builtin = {name: functools.partial(_builtin_documentation, name) for name in _builtin_modules()}
         topics = _topics()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .earlier_attention import attend_earlier
+
 
 class KeysValues(Protocol):
     """Where a visit's keys and values come from. `projects`: whether this recursion makes some of its own."""
@@ -29,6 +31,7 @@ class AttentionScope:
     """What the active tokens of one visit see.
 
     `mask_BKL`: true where query K may see key L; None is plain causal order when `is_causal`, else everything.
+    `place_BK`: instead of a mask, the last key that each query sees.
     `row_index`: the batch rows that take part, None for all.
     """
 
@@ -36,6 +39,7 @@ class AttentionScope:
     sin_BKE: Tensor
     keys_values: KeysValues
     mask_BKL: Tensor | None = None
+    place_BK: Tensor | None = None
     is_causal: bool = True
     row_index: Tensor | None = None
 
@@ -58,6 +62,8 @@ def rotate(x_BHKE: Tensor, cos_BKE: Tensor, sin_BKE: Tensor) -> Tensor:
 
 def attend(query_BHKE: Tensor, key_BGLE: Tensor, value_BGLE: Tensor, scope: AttentionScope, dropout: float) -> Tensor:
     """Scaled dot-product attention with grouped queries; softmax scale E^-0.5. Returns (B, H, K, E)."""
+    if scope.place_BK is not None:
+        return attend_earlier(query_BHKE, key_BGLE, value_BGLE, scope.place_BK)
     mask = None if scope.mask_BKL is None else scope.mask_BKL.unsqueeze(1)
     return F.scaled_dot_product_attention(
         query_BHKE,

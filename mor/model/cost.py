@@ -276,3 +276,88 @@ def kv_bytes(config: MorConfig, active: Sequence[int], dtype_bytes: int = 2, *, 
     _, _, key, _ = _widths(config)
     stored = sum(int(step.queries) for step in _applications(config, num_tokens, active) if step.writes)
     return stored * 2 * key * dtype_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Bytes on each device of a run, at the peak of its backward pass.
+
+    `states`: weights, gradients and two moments, in float32. `gathered`: weights brought together, with their gradient
+    and its float32 copy on the way to the other ranks. `activations`: what forward keeps for backward.
+    """
+
+    states: float
+    gathered: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it; allocators and libraries take a little more."""
+        return self.states + self.gathered + self.activations
+
+
+def _units(config: MorConfig, gathers_block: bool) -> tuple[list[int], int]:
+    """Parameters of each unit that is gathered by itself, and of the root and router, which stay in float32."""
+    count, plan, layer = count_parameters(config), config.depth_plan, _layer_parameters(config)
+    block = [layer * plan.block_size] if plan.num_recursions > 1 and gathers_block else [layer] * plan.block_size
+    return block + [layer] * (2 * plan.num_outer), count.embedding + config.hidden_size + count.router
+
+
+def training_memory(
+    config: MorConfig,
+    *,
+    num_ranks: int = 1,
+    rows: int,
+    sequence_length: int,
+    gathered_bytes: int = 2,
+    gathers_block: bool = True,
+    checkpointing: bool = False,
+) -> TrainingMemory:
+    """Memory of training with `rows` rows per device and micro-batch, spread over `num_ranks` devices by FSDP2.
+
+    Activations of a token in a layer: float32 residual stream twice; norms, queries, keys, values, heads' outputs and
+    three feed-forward widths in bfloat16. With `checkpointing`, the stream before each recursion (each layer, without a
+    router), and all of it for one. Logits, which exist a chunk at a time, are left out. `gathers_block`: as in
+    `communication_bytes`.
+    """
+    units, root = _units(config, gathers_block)
+    hidden, query, key, inner = _widths(config)
+    alone = num_ranks == 1
+    gathered = 0.0 if alone else 8 * root + max(units) * (2 * gathered_bytes + 4) + sorted([0, *units])[-2]
+    per_token = 8 * hidden + 2 * (2 * hidden + 2 * query + 2 * key + 3 * inner)
+    active = default_active(config, sequence_length)
+    queries = [step.queries for step in _applications(config, sequence_length, active)]
+    if checkpointing:
+        run = 1 if config.router == "none" else config.depth_plan.block_size
+        kept = 4 * hidden * sum(queries) / run + per_token * run * max(queries)
+    else:
+        kept = per_token * sum(queries)
+    return TrainingMemory(
+        states=16 * count_parameters(config).total / num_ranks, gathered=gathered, activations=kept * rows
+    )
+
+
+def communication_bytes(
+    config: MorConfig,
+    *,
+    num_ranks: int,
+    micro_batches: int = 1,
+    sharded: bool = True,
+    gathered_bytes: int = 2,
+    gathers_block: bool = True,
+    reshard_after_forward: bool = True,
+) -> float:
+    """Bytes that each rank receives in an optimizer step.
+
+    `sharded` (FSDP2): each unit is gathered for the forward and, if freed in between, for the backward pass, and its
+    float32 gradient summed, in each of a rank's `micro_batches`. The shared block is gathered once for all recursions;
+    if not `gathers_block`, its layers are gathered one by one in every recursion, as a vanilla model of the same depth
+    would have it. Otherwise (DDP): one all-reduce of the float32 gradients.
+    """
+    units, root = _units(config, gathers_block)
+    received = (num_ranks - 1) / num_ranks
+    if not sharded:
+        return 2 * 4 * (sum(units) + root) * received
+    applied = sum(units) if gathers_block else config.depth_plan.num_layers * _layer_parameters(config)
+    gathers = (2 if reshard_after_forward else 1) * gathered_bytes * applied + 4 * root
+    return micro_batches * (gathers + 4 * (sum(units) + root)) * received

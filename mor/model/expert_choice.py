@@ -59,7 +59,7 @@ class ExpertChoiceRouter(RecursionRouter):
         return [c + (1 - c) * excess for c in self.trained_shares]
 
     def score(self, recursion: int, x_BAD: Tensor, number_BA: Tensor) -> Scores:
-        logits_BA = self.heads[recursion](x_BAD / self.config.router_temperature).squeeze(-1)
+        logits_BA = self.heads[recursion](self._tempered(x_BAD)).squeeze(-1)
         decisive_BA = logits_BA
         if self.auxiliary_heads is not None:
             decisive_BA = self.auxiliary_heads[recursion](x_BAD.detach()).squeeze(-1)
@@ -124,7 +124,7 @@ class FixedRouter(RecursionRouter):
         return FixedDepths(depths=torch.tensor(self.config.fixed_depths, device=self.training_forwards.device))
 
     def score(self, recursion: int, x_BAD: Tensor, number_BA: Tensor) -> Scores:
-        logits_BA = self.heads[recursion](x_BAD / self.config.router_temperature).squeeze(-1)
+        logits_BA = self.heads[recursion](self._tempered(x_BAD)).squeeze(-1)
         number_BA = number_BA.expand(x_BAD.shape[:2])
         return Scores(logits_BA=logits_BA, decisive_BA=number_BA, gate_BA=self._gate(logits_BA))
 

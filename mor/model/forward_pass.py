@@ -14,6 +14,7 @@ from torch import Tensor
 from .attention import AttentionScope, KeysValues
 from .cache import MorCache, Reservation, VirtualSequence
 from .depth_plan import DepthPlan, KvPolicy
+from .earlier_attention import earlier_mask
 from .token_set import TokenSet
 
 Read = Callable[[int], tuple[Tensor, Tensor]]
@@ -131,25 +132,23 @@ class ForwardPass:
         cos_BKE, sin_BKE = (active.gather(t) for t in self._rotary)
         keys_values: KeysValues = OwnKeysValues()
         mask_BKL = self._document_mask(active, active)
+        place_BK: Tensor | None = None
         if recursion == 0 and self.first_serves_all:
             keys_values = self._remembered
         elif recursion is not None and self.first_serves_all:
             keys_values = SharedKeysValues(self._read_remembered)
             if self.policy == "hybrid":
-                place_BK = active.places(self.number_BT.shape, self.number_BT.device)
-                keys_values = HybridKeysValues(OwnKeysValues(), self._read_remembered, place_BK, active.valid_BK)
+                number_BK = active.places(self.number_BT.shape, self.number_BT.device)
+                keys_values = HybridKeysValues(OwnKeysValues(), self._read_remembered, number_BK, active.valid_BK)
             mask_BKL = self._document_mask(active, TokenSet())
-            if active.index_BK is not None:
-                mask_BKL = self._earlier(active) if mask_BKL is None else mask_BKL & self._earlier(active)
-        return AttentionScope(cos_BKE=cos_BKE, sin_BKE=sin_BKE, keys_values=keys_values, mask_BKL=mask_BKL)
+            if mask_BKL is None and active.index_BK is not None:
+                place_BK = active.index_BK
+        return AttentionScope(
+            cos_BKE=cos_BKE, sin_BKE=sin_BKE, keys_values=keys_values, mask_BKL=mask_BKL, place_BK=place_BK
+        )
 
     def _read_remembered(self, layer: int) -> tuple[Tensor, Tensor]:
         return self._remembered.slots[self.plan.first_applications[layer]]
-
-    def _earlier(self, active: TokenSet) -> Tensor:
-        """(B, K, T): the tokens at or before each active one."""
-        place_BK = active.places(self.number_BT.shape, self.number_BT.device)
-        return torch.arange(self.number_BT.shape[1], device=place_BK.device) <= place_BK[..., None]
 
     def _document_mask(self, queries: TokenSet, keys: TokenSet) -> Tensor | None:
         if self._document_BT is None:
@@ -179,7 +178,7 @@ class ForwardPass:
         sees_all = at.place_BK.shape[1] == 1 and at.is_even
         mask_BKL = None
         if not at.is_fresh and not sees_all:
-            mask_BKL = torch.arange(at.length, device=at.place_BK.device) <= at.place_BK[..., None]
+            mask_BKL = earlier_mask(at.place_BK, at.length)
         return AttentionScope(
             cos_BKE=cos_BKE,
             sin_BKE=sin_BKE,
@@ -215,7 +214,7 @@ class ForwardPass:
         """Scope over the first recursion's entries, of which a token sees those numbered up to its own."""
         number_BK = active.gather(self.number_BT)
         number_BK = number_BK if row_index is None else number_BK[row_index]
-        mask_BKL = torch.arange(length, device=number_BK.device) <= number_BK[..., None]
+        mask_BKL = earlier_mask(number_BK, length)
         cos_BKE, sin_BKE = self._rotary_rows(active, row_index)
         return AttentionScope(
             cos_BKE=cos_BKE, sin_BKE=sin_BKE, keys_values=keys_values, mask_BKL=mask_BKL, row_index=row_index

@@ -110,7 +110,8 @@ class Recursion(nn.Module):
         else:
             y_BKD = self._apply_block(recursion, x_BKD, active, current)
         delta_BKD, x_BKD = route.merge(recursion, x_BKD, y_BKD, choice.gate_BK, active)
-        output.x_BTD = active.add(output.x_BTD, delta_BKD)
+        whole = active.is_everything and route.carries_stream
+        output.x_BTD = x_BKD if whole else active.add(output.x_BTD, delta_BKD)
         output.depth_BT = active.add(output.depth_BT, torch.ones_like(choice.gate_BK, dtype=output.depth_BT.dtype))
         return active, x_BKD
 

@@ -78,9 +78,11 @@ class RoutingInput:
 
 
 class Route(Protocol):
-    """One forward's routing, recursion by recursion."""
+    """One forward's routing, recursion by recursion. `carries_stream`: whether a recursion's input is the residual
+    stream itself, so that with every token active the two are one tensor."""
 
     losses: dict[str, Tensor]
+    carries_stream: bool
 
     def choose(self, recursion: int, x_BAD: Tensor, alive: TokenSet) -> Choice:
         """Score the alive tokens and choose those that take this recursion."""
@@ -128,6 +130,8 @@ class Router(nn.Module):
     calibration_thresholds: Tensor
     decisions: tuple[str, ...] = ("causal",)
     can_budget: bool = False
+    rank: int = 0
+    num_ranks: int = 1
 
     def __init__(self, config: MorConfig) -> None:
         super().__init__()
@@ -158,12 +162,21 @@ class Router(nn.Module):
         return {"training_forwards": 0, "calibration_mean_depth": math.nan, "calibration_thresholds": math.nan}
 
     def count_forward(self) -> int:
-        """Count a training forward, in `state_dict` and on the host; returns how many there were, this one included."""
+        """Count a training forward, in `state_dict` and on the host; returns how many there were, this one included.
+
+        Where `num_ranks` processes train together, the forwards that all of them run at a time are counted in the order
+        of ranks.
+        """
         if self._forwards is None:
             self._forwards = int(self.training_forwards)
-        self._forwards += 1
+        number = self._forwards + 1 + self.rank
+        self._forwards += self.num_ranks
         self.training_forwards.fill_(self._forwards)
-        return self._forwards
+        return number
+
+    def _tempered(self, x_BAD: Tensor) -> Tensor:
+        """The router's input divided by the temperature."""
+        return x_BAD if self.config.router_temperature == 1 else x_BAD / self.config.router_temperature
 
     @property
     def trained_shares(self) -> list[float]:
@@ -280,6 +293,7 @@ class RecursionRoute:
     router: RecursionRouter
     inputs: RoutingInput
     losses: dict[str, Tensor] = field(default_factory=dict)
+    carries_stream: bool = True
 
     def choose(self, recursion: int, x_BAD: Tensor, alive: TokenSet) -> Choice:
         scores = self.router.score(recursion, x_BAD, alive.gather(self.inputs.number_BT))

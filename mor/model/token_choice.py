@@ -115,7 +115,7 @@ class TokenChoiceRouter(Router):
         return DepthRule(bias=torch.tensor(self.extreme_thresholds(self.num_recursions), device=self.load_bias.device))
 
     def begin(self, inputs: RoutingInput) -> Route:
-        logits_BTR = self.head(inputs.x_BTD / self.config.router_temperature)
+        logits_BTR = self.head(self._tempered(inputs.x_BTD))
         activate = torch.sigmoid if self.config.router_activation == "sigmoid" else lambda z: z.softmax(dim=-1)
         score_BTR = self.alpha * activate(logits_BTR)
         assert isinstance(inputs.rule, DepthRule)
@@ -161,6 +161,7 @@ class TokenRoute:
     gate_BT: Tensor
     logits_BTR: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
+    carries_stream: bool = False
 
     def __post_init__(self) -> None:
         """Send the sizes of all recursions to the host while the first one runs."""

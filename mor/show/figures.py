@@ -157,7 +157,8 @@ def _axes(frame: Frame, x_label: str, y_label: str) -> str:
 def _line(frame: Frame, series: Series) -> str:
     if not series.points:
         return ""
-    places = [(frame.x(x), frame.y(min(max(y, frame.y_range[0]), frame.y_range[1]))) for x, y in series.points]
+    points = [(x, y) for x, y in series.points if y <= frame.y_range[1]]
+    places = [(frame.x(x), frame.y(y)) for x, y in points]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     thin = " thin" if series.thin else ""
     dash = "" if series.thin else _dash(series.arm)
@@ -166,13 +167,14 @@ def _line(frame: Frame, series: Series) -> str:
         parts += [
             f'<circle class="dot arm-{series.arm}" cx="{px:.1f}" cy="{py:.1f}" r="3.5">'
             f"<title>{escape(series.name)}: {compact(y)} at {compact(x)}</title></circle>"
-            for (px, py), (x, y) in zip(places, series.points, strict=True)
+            for (px, py), (x, y) in zip(places, points, strict=True)
         ]
     return "".join(parts)
 
 
 def _band(series: Sequence[Series]) -> Point:
-    """The y range. Long lines are taken without their first steep fall, which would flatten all the rest."""
+    """The y range. Long lines are taken without their first steep fall, which would flatten all the rest; what lies
+    above the range is not drawn."""
     return _padded([y for line in series for _, y in line.points[len(line.points) // 20 :]], 0.05)
 
 

@@ -33,7 +33,8 @@ class BudgetPoint:
 class Report:
     """Everything a page shows; parts left empty are left out.
 
-    `num_depths`: recursions of the model whose tokens are shown. `depth_counts[d]`: held-out tokens of depth d.
+    `num_depths`: recursions of the model whose tokens are shown. `subject`, `baseline`: names of the arms that the page
+    is about and compares with. `depth_counts[d]`: held-out tokens of depth d.
     `score_bins[r][b]` and `thresholds[r]`: router scores of recursion r in equal bins over [0, 1], and what is needed
     to go on. `settings`: headings with their names and values.
     """
@@ -44,6 +45,7 @@ class Report:
     tokens: Sequence[TokenView]
     text_note: str = ""
     arms: Sequence[Arm] = ()
+    subject: str = ""
     baseline: str = ""
     depth_counts: Sequence[int] = ()
     score_bins: Sequence[Sequence[int]] = ()
@@ -79,8 +81,8 @@ def render_report(report: Report) -> str:
 
 
 def _tiles(report: Report) -> str:
-    arm = next((arm for arm in report.arms if arm.num_recursions == report.num_depths and arm.num_recursions > 1), None)
-    base = next((arm for arm in report.arms if arm.name == report.baseline), None)
+    arms = {arm.name: arm for arm in report.arms}
+    arm, base = arms.get(report.subject), arms.get(report.baseline)
     if arm is None or base is None:
         return ""
     tiles = (
@@ -139,8 +141,9 @@ def _comparison_section(report: Report) -> str:
     base = next(arm for arm in report.arms if arm.name == report.baseline)
     return _section(
         "Beside its twins",
-        "Trained with the same FLOPs on the same text. Quality is measured on held-out text and is causal: no token is "
-        f"predicted with knowledge of what follows it. Small percentages are of the {base.title} model's value.",
+        "Trained with the same FLOPs on the same text, with the same settings, once: a demonstration, not a benchmark. "
+        "Quality is measured on held-out text and is causal: no token is predicted with knowledge of what follows it. "
+        f"Small percentages are of the {base.title} model's value.",
         f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>',
     )
 

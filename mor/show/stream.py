@@ -20,11 +20,13 @@ from mor.show.tokens import PieceDecoder, TokenView
 class Sampling:
     """How to write.
 
-    `temperature`: 0 takes the most probable token. `top_p`: draw among the most probable tokens that together have this
-    probability. `mean_depth`: budget in block applications per token, None for the model's own. `seed`: of the draws.
+    `min_new_tokens`: the text may not end before. `temperature`: 0 takes the most probable token. `top_p`: draw among
+    the most probable tokens that together have this probability. `mean_depth`: budget in block applications per token,
+    None for the model's own. `seed`: of the draws.
     """
 
     max_new_tokens: int = 200
+    min_new_tokens: int = 0
     temperature: float = 0.8
     top_p: float = 0.95
     mean_depth: float | None = None
@@ -59,8 +61,9 @@ def stream_tokens(model: MorForCausalLM, tokenizer: Any, prompt: str, sampling: 
     output = _read(model, prompt_ids, None, sampling)
     yield from _views(decoder, prompt_ids, output.depths[0], output.logits[0], from_prompt=True)
     generator = torch.Generator().manual_seed(sampling.seed)
-    for _ in range(min(sampling.max_new_tokens, limit)):
-        token, probability = draw(output.logits[0, -1], sampling, generator)
+    for number in range(min(sampling.max_new_tokens, limit)):
+        banned = tokenizer.eos_token_id if number < sampling.min_new_tokens else None
+        token, probability = draw(output.logits[0, -1], sampling, generator, banned=banned)
         if token == tokenizer.eos_token_id:
             break
         output = _read(model, [token], output.past_key_values, sampling)
@@ -98,13 +101,19 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[int, float]:
-    """A token from the model's distribution after temperature and top-p, and its probability before them."""
-    probability_V = logits_V.float().softmax(-1).cpu()
+def draw(
+    logits_V: Tensor, sampling: Sampling, generator: torch.Generator, *, banned: int | None = None
+) -> tuple[int, float]:
+    """A token other than `banned`, from the model's distribution after temperature and top-p, and its probability
+    before them."""
+    logits_V = logits_V.float().cpu()
+    probability_V = logits_V.softmax(-1)
+    if banned is not None:
+        logits_V = logits_V.index_fill(0, torch.tensor([banned]), -torch.inf)
     if sampling.temperature == 0:
-        token = int(probability_V.argmax())
+        token = int(logits_V.argmax())
         return token, float(probability_V[token])
-    tempered, order = (logits_V.float().cpu() / sampling.temperature).softmax(-1).sort(descending=True)
+    tempered, order = (logits_V / sampling.temperature).softmax(-1).sort(descending=True)
     kept = tempered.where(tempered.cumsum(0) - tempered < sampling.top_p, 0.0)
     token = int(order[torch.multinomial(kept, 1, generator=generator)])
     return token, float(probability_V[token])

@@ -10,12 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from mor.model.configuration_mor import MorConfig
 from mor.model.layers import MorDecoderLayer
 from mor.model.modeling_mor import MorForCausalLM
+from mor.model.routing import ScoreHead
 
-COMPILED = ("before_attention", "queries_alone", "after_attention")
+COMPILED: dict[type[nn.Module], tuple[str, ...]] = {
+    MorDecoderLayer: ("before_attention", "queries_alone", "after_attention"),
+    ScoreHead: ("forward",),
+}
 
 
 def compile_layers(model: MorForCausalLM) -> None:
@@ -25,10 +30,9 @@ def compile_layers(model: MorForCausalLM) -> None:
     compiled for any number of tokens.
     """
     dynamic = has_varying_sets(model.config)
-    for layer in model.modules():
-        if isinstance(layer, MorDecoderLayer):
-            for name in COMPILED:
-                setattr(layer, name, _in_training(layer, getattr(layer, name), dynamic))
+    for module in model.modules():
+        for name in COMPILED.get(type(module), ()):
+            setattr(module, name, _in_training(module, getattr(module, name), dynamic))
 
 
 def has_varying_sets(config: MorConfig) -> bool:
@@ -36,10 +40,10 @@ def has_varying_sets(config: MorConfig) -> bool:
     return config.router == "token_choice" or config.capacity_warmup_steps > 0
 
 
-def _in_training(layer: MorDecoderLayer, plain: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+def _in_training(module: nn.Module, plain: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
     compiled = torch.compile(plain, fullgraph=True, dynamic=dynamic)
 
     def call(*args: Any) -> Any:
-        return (compiled if layer.training else plain)(*args)
+        return (compiled if module.training else plain)(*args)
 
     return call

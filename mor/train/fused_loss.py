@@ -58,7 +58,7 @@ class ChunkedLmLoss:
     `compiled`: fuse the passes over a chunk's logits; for CUDA.
     """
 
-    def __init__(self, *, chunk: int = 4096, compiled: bool = True) -> None:
+    def __init__(self, *, chunk: int = 2048, compiled: bool = True) -> None:
         self._chunk = chunk
         self._gradient_of = torch.compile(chunk_gradient, fullgraph=True) if compiled else chunk_gradient
 

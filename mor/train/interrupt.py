@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Interrupt:
-    """While entered, remembers the first SIGTERM or SIGINT in `requested`; a second one acts as usual.
+    """While entered, remembers the first SIGTERM or SIGINT in `number`; a second one acts as usual.
 
     Outside the main thread, where Python takes no signals, it never is requested.
     """
@@ -17,8 +17,13 @@ class Interrupt:
     signals = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.requested = False
+        self.number: int | None = None
         self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        return self.number is not None
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -26,7 +31,7 @@ class Interrupt:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.number = number
         self._restore()
 
     def _restore(self) -> None:

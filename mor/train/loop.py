@@ -6,19 +6,26 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mor.files import new_folder, write_json
 from mor.model.cost import count_parameters
-from mor.train import checkpoint
+from mor.train import checkpoint, sharded_checkpoint
+from mor.train.checkpoint_writer import CheckpointWriter
 from mor.train.interrupt import Interrupt
 from mor.train.options import RunOptions
-from mor.train.progress import ProgressReporter, progress_for
+from mor.train.progress import ProgressReporter, SilentProgress, progress_for
 from mor.train.quiet import without_progress_bars
+from mor.train.ranks import Ranks, Vote, join, was_restarted
 from mor.train.run_folder import RunFolder
 from mor.train.schedule import build_schedule
 from mor.train.setup import build_run, default_budget
+from mor.train.sharded_tensor import local_rows
 from mor.train.state import TrainingState
 from mor.train.step import optimizer_step
 from mor.train.validation import Validator
@@ -32,7 +39,8 @@ class NonFiniteLossError(FloatingPointError):
 class TrainResult:
     """How a run ended.
 
-    `folder`: the run folder; `model`: the finished model in it, None if interrupted. `training` and `evaluation`: the
+    `folder`: the run folder; `model`: the finished model in it, None if interrupted. `signal`: what interrupted it, if
+    it came to this process. `training` and `evaluation`: the
     last lines of metrics.jsonl of each kind, if there are any.
     """
 
@@ -42,10 +50,14 @@ class TrainResult:
     model: Path | None
     training: dict[str, Any] | None
     evaluation: dict[str, Any] | None
+    signal: int | None = None
 
 
 def train(options: RunOptions, *, resume: bool = False, progress: ProgressReporter | None = None) -> TrainResult:
     """Train the model that `options` describe into the folder `options.output`.
+
+    Processes that torchrun started train it together, with the same result up to rounding; the first alone writes
+    metrics and shows progress. Started again by torchrun after one was lost, they resume.
 
     With `resume`, go on from the newest undamaged checkpoint there, with the same options; on a CPU the run then ends
     bit for bit as if it had never stopped. Without a checkpoint to resume it starts anew, with a warning. SIGTERM and
@@ -54,25 +66,41 @@ def train(options: RunOptions, *, resume: bool = False, progress: ProgressReport
     Raises ValueError for options that do not fit, CheckpointError when checkpoints cannot be written or read, and
     NonFiniteLossError when training diverges.
     """
+    with join(options.training.device) as ranks:
+        return _train(options, resume or was_restarted(), progress, ranks)
+
+
+def _train(options: RunOptions, resume: bool, progress: ProgressReporter | None, ranks: Ranks) -> TrainResult:
     folder = RunFolder(options.output)
-    progress = progress_for() if progress is None else progress
-    found = _find_checkpoint(folder, resume)
-    state, validator = build_run(options, found)
-    folder.claim(options)
-    folder.journal.rewind(state.step)
+    found = _find_checkpoint(folder, resume, ranks)
+    state, validator = build_run(options, found, ranks=ranks)
+    ranks.first(lambda: _claim(folder, state))
+    if not ranks.is_first:
+        progress = SilentProgress()
+    elif progress is None:
+        progress = progress_for()
     if found is not None:
         progress.note(f"resuming from {found.folder}")
     return Trainer(state=state, validator=validator, folder=folder, progress=progress).run()
 
 
-def _find_checkpoint(folder: RunFolder, resume: bool) -> checkpoint.Checkpoint | None:
+def _claim(folder: RunFolder, state: TrainingState) -> None:
+    folder.claim(state.options)
+    folder.journal.rewind(state.step)
+
+
+def _find_checkpoint(folder: RunFolder, resume: bool, ranks: Ranks) -> checkpoint.Checkpoint | None:
     if not resume:
-        folder.refuse_occupied()
+        ranks.first(folder.refuse_occupied)
         return None
-    found = checkpoint.read_latest(folder.checkpoints)
-    if found is None:
-        warnings.warn(f"no checkpoint in {folder.path} to resume: starting at step 0", stacklevel=3)
+    found = checkpoint.read_latest(folder.checkpoints, ranks)
+    if found is None and ranks.is_first:
+        warnings.warn(f"no checkpoint in {folder.path} to resume: starting at step 0", stacklevel=4)
     return found
+
+
+def _absolute_sum(tensor: Tensor) -> float:
+    return float(tensor.abs().sum())
 
 
 class Trainer:
@@ -84,6 +112,13 @@ class Trainer:
         self._state, self._validator, self._folder, self._progress = state, validator, folder, progress
         self._options = state.options.training
         self._schedule = build_schedule(state.options)
+        self._ranks = state.parallel.ranks
+        self._checkpoints = CheckpointWriter(
+            folder.checkpoints,
+            state.parallel,
+            keep=self._options.keep_checkpoints,
+            asynchronous=self._options.asynchronous_checkpoints,
+        )
         self._saved_step = state.step or None
         self._window_seconds = 0.0
         self._window_tokens = 0
@@ -93,13 +128,17 @@ class Trainer:
         state, steps = self._state, self._options.steps
         state.model.train()
         self._progress.start(steps=steps, step=state.step)
+        vote = Vote(self._ranks)
         try:
             with Interrupt() as interrupt:
-                while state.step < steps and not interrupt.requested:
+                while state.step < steps and not vote.ask(interrupt.requested):
                     self._step()
+                vote.close()
                 if state.step < steps:
                     self._save()
-                    return self._result(interrupted=True)
+                    self._checkpoints.wait()
+                    return self._result(interrupted=True, signal=interrupt.number)
+            self._checkpoints.wait()
             self._finish()
         finally:
             self._progress.close()
@@ -144,12 +183,16 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """Fail if the last update left a weight that is not finite: such weights are not worth a checkpoint."""
-        for name, parameter in self._state.model.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                self._fail(name, self._state.step, {name: float(parameter.detach().abs().max())})
+        weights = {name: local_rows(parameter.detach()) for name, parameter in self._state.model.named_parameters()}
+        broken = torch.stack([(~weight.isfinite()).any() for weight in weights.values()])
+        for name, is_broken in zip(weights, self._ranks.sum(broken.int()).tolist()):
+            if is_broken:
+                size = sum(self._ranks.each(partial(_absolute_sum, weights[name])))
+                self._fail(name, self._state.step, {name: size})
 
     def _fail(self, name: str, step: int, values: dict[str, float]) -> None:
         """Write failure.json and raise NonFiniteLossError. `step` counts from 1."""
+        self._checkpoints.wait()
         position = self._state.positions[step - self._state.step - 1]
         failure = {
             "step": step,
@@ -157,7 +200,7 @@ class Trainer:
             "data_position": position,
             "last_checkpoint": self._saved_step,
         }
-        write_json(self._folder.failure, failure)
+        self._ranks.first(lambda: write_json(self._folder.failure, failure))
         saved = "there is no checkpoint" if self._saved_step is None else f"last checkpoint: step {self._saved_step}"
         raise NonFiniteLossError(
             f"{name} is {values[name]} at step {step}, whose data begins at {position}; {saved}; "
@@ -165,6 +208,15 @@ class Trainer:
         )
 
     def _log(self, learning_rate: float) -> None:
+        state = self._state
+        state.window.collect(self._ranks)
+        if self._ranks.is_first:
+            self._record_training(learning_rate)
+        state.window.clear()
+        state.positions.clear()
+        self._window_seconds, self._window_tokens = 0.0, 0
+
+    def _record_training(self, learning_rate: float) -> None:
         state = self._state
         summary = state.window.summary()
         losses = {k.removeprefix("loss/"): summary.pop(k) for k in list(summary) if k.startswith("loss/")}
@@ -181,9 +233,6 @@ class Trainer:
             "seconds": state.seconds,
         }
         self._write(state.last_training)
-        state.window.clear()
-        state.positions.clear()
-        self._window_seconds, self._window_tokens = 0.0, 0
 
     def _evaluate(self, is_last: bool) -> None:
         state = self._state
@@ -199,31 +248,36 @@ class Trainer:
         self._write(state.last_evaluation)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._folder.journal.write(record)
-        self._progress.record(record)
+        if self._ranks.is_first:
+            self._folder.journal.write(record)
+            self._progress.record(record)
 
     def _save(self) -> None:
         state = self._state
         if self._saved_step == state.step:
             return
-        self._folder.journal.sync()
-        checkpoint.save(
-            self._folder.checkpoints,
-            state.step,
-            model=state.model,
-            tensors=state.tensors(),
-            values=state.values(),
-            keep=self._options.keep_checkpoints,
-        )
+        if self._ranks.is_first:
+            self._folder.journal.sync()
+        self._checkpoints.save(state)
         self._saved_step = state.step
 
     def _finish(self) -> None:
         """Write the finished model with its tokenizer, and summary.json."""
         state = self._state
         state.model.config.mean_depth = default_budget(state.options, state.model)
+        if state.parallel.is_sharded:
+            sharded_checkpoint.export(self._folder.final, state.model, state.tokenizer, self._ranks)
+        else:
+            self._ranks.first(self._export)
+        self._ranks.first(self._write_summary)
+
+    def _export(self) -> None:
         with new_folder(self._folder.final, replace=True) as partial, without_progress_bars():
-            state.model.save_pretrained(partial)
-            state.tokenizer.save_pretrained(partial)
+            self._state.model.save_pretrained(partial)
+            self._state.tokenizer.save_pretrained(partial)
+
+    def _write_summary(self) -> None:
+        state = self._state
         count = count_parameters(state.model.config)
         write_json(
             self._folder.summary,
@@ -237,7 +291,7 @@ class Trainer:
             },
         )
 
-    def _result(self, *, interrupted: bool) -> TrainResult:
+    def _result(self, *, interrupted: bool, signal: int | None = None) -> TrainResult:
         return TrainResult(
             folder=self._folder.path,
             step=self._state.step,
@@ -245,4 +299,5 @@ class Trainer:
             model=None if interrupted else self._folder.final,
             training=self._state.last_training,
             evaluation=self._state.last_evaluation,
+            signal=signal,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mor.train.options import OptimizerOptions
+from mor.train.sharded_tensor import part_like, whole_value
 
 MAIN, UNDECAYED, AUXILIARY = "main", "undecayed", "auxiliary_router"
 
@@ -73,7 +74,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> 
     }
     limit = float("inf") if max_norm is None else max_norm
     return {
-        name: nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=False)
+        name: whole_value(nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=False))
         for name, parameters in named.items()
         if parameters
     }
@@ -93,8 +94,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` returned. ValueError when it belongs to other parameters."""
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` returned, whole tensors, spread as the parameters are.
+
+    Raises ValueError when it belongs to other parameters.
+    """
     named = {
         name: parameter
         for group in optimizer.param_groups
@@ -104,8 +108,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     if found and found != set(named):
         raise ValueError(f"the optimizer state differs from the model in {sorted(found ^ set(named))[0]!r}")
     state: dict[int, dict[str, Tensor]] = {}
-    for index, name in enumerate(named):
-        entries = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if found}
-        if entries:
-            state[index] = entries
+    for index, (name, parameter) in enumerate(named.items()):
+        if found:
+            moments = {key: part_like(parameter, tensors, f"{name}/{key}") for key in ("exp_avg", "exp_avg_sq")}
+            state[index] = {"step": tensors[f"{name}/step"], **moments}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 ScheduleKind = Literal["trapezoid", "cosine"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Parallelism = Literal["auto", "none", "ddp", "fsdp"]
+GatherPrecision = Literal["auto", "float32"]
 
 
 def _check_choice(name: str, value: str, choices: object) -> None:
@@ -98,7 +99,8 @@ class TrainingOptions:
         seed: of the initial weights, the data order and every random choice.
         steps: optimizer steps.
         micro_batch_size: rows per forward.
-        gradient_accumulation_steps: forwards per optimizer step. Losses are means over the tokens of the whole step.
+        gradient_accumulation_steps: forwards per optimizer step, of all processes together. Losses are means over the
+            tokens of the whole step.
         sequence_length: tokens per row.
         log_interval: steps per line of metrics.jsonl.
         evaluation_interval: steps between causal evaluations; one more follows the last step. 0: only that one.
@@ -107,8 +109,14 @@ class TrainingOptions:
             a quarter of them, those of the evaluations before. 0: no calibration.
         checkpoint_interval: steps between checkpoints; one more follows the last step. 0: only that one.
         keep_checkpoints: newest checkpoints that are kept.
+        asynchronous_checkpoints: go on training while a checkpoint, copied to the host, is written.
         device: `auto` (CUDA if present, else CPU) or a torch device.
         precision: `bfloat16` (autocast over float32 weights; CUDA only), `float32`, or `auto`: the former if possible.
+        parallel: how several processes share the model: `ddp` (each has a copy), `fsdp` (each has a part of every
+            weight) or `auto`: the former if copies take at most a quarter of a device. `none`: there must be one.
+        gather_precision: in which `fsdp` brings a layer's weights together: as `precision` computes (`auto`), or
+            `float32`.
+        reshard_after_forward: whether `fsdp` frees them again until the backward pass.
         compile: run the layers compiled by torch.compile. None: on CUDA.
         gradient_checkpointing: recompute activations in the backward pass.
         official_aux_loss_scale: multiply the coefficient of the router's auxiliary loss by
@@ -127,8 +135,12 @@ class TrainingOptions:
     calibration_tokens: int = 32768
     checkpoint_interval: int = 200
     keep_checkpoints: int = 2
+    asynchronous_checkpoints: bool = False
     device: str = "auto"
     precision: Precision = "auto"
+    parallel: Parallelism = "auto"
+    gather_precision: GatherPrecision = "auto"
+    reshard_after_forward: bool = True
     compile: bool | None = None
     gradient_checkpointing: bool = False
     official_aux_loss_scale: bool = False
@@ -140,6 +152,8 @@ class TrainingOptions:
         _check_at_least(self, 1, "keep_checkpoints")
         _check_at_least(self, 2, "sequence_length")
         _check_choice("precision", self.precision, Precision)
+        _check_choice("parallel", self.parallel, Parallelism)
+        _check_choice("gather_precision", self.gather_precision, GatherPrecision)
 
     @property
     def tokens_per_step(self) -> int:

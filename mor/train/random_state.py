@@ -46,3 +46,22 @@ def restore(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         for device in range(torch.cuda.device_count()):
             if f"cuda.{device}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"cuda.{device}"], device)
+
+
+def seed_rank(seed: int, rank: int, step: int = 0) -> None:
+    """Seed the generators of a process that trains beside others, each from numbers of its own."""
+    if rank:
+        seed_all(int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0]))
+
+
+def capture_device(device: torch.device) -> dict[str, Tensor]:
+    """The states of the generators that training draws from on `device`."""
+    states = {"torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def restore_device(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put them back."""
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

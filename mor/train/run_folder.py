@@ -13,7 +13,8 @@ from mor.train.journal import Journal
 from mor.train.options import RunOptions
 
 MAY_CHANGE = frozenset(
-    "output data.path data.verify training.device training.checkpoint_interval training.keep_checkpoints".split()
+    "output data.path data.verify training.device training.checkpoint_interval training.keep_checkpoints "
+    "training.asynchronous_checkpoints training.parallel training.reshard_after_forward".split()
 )
 
 

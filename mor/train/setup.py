@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mor.data.loader import PackedLoader, evaluation_batches
+from mor.data.prefetch import PrefetchLoader
 from mor.data.shards import TokenShards
 from mor.data.split import Split
 from mor.model.calibrate import can_calibrate
@@ -19,27 +20,35 @@ from mor.train.compile import compile_layers
 from mor.train.fused_loss import choose_lm_loss
 from mor.train.optim import build_optimizer
 from mor.train.options import RunOptions
+from mor.train.parallel import Parallel, choose_parallel, micro_batches
 from mor.train.precision import choose_device, choose_precision
 from mor.train.quiet import without_progress_bars
+from mor.train.ranks import Ranks
 from mor.train.run_folder import check_same_options
 from mor.train.state import TrainingState
 from mor.train.validation import Validator, trained_mean_depth
 from mor.train.window import Window
 
 
-def build_run(options: RunOptions, checkpoint: Checkpoint | None = None) -> tuple[TrainingState, Validator]:
+def build_run(
+    options: RunOptions, checkpoint: Checkpoint | None = None, *, ranks: Ranks | None = None
+) -> tuple[TrainingState, Validator]:
     """The state a run starts from, or that of `checkpoint`, and what validates it.
 
-    Raises ValueError for options that do not fit the data, the device or the checkpoint.
+    Raises ValueError for options that do not fit the data, the device, the number of ranks or the checkpoint.
     """
+    ranks = Ranks() if ranks is None else ranks
     if checkpoint is not None:
         check_same_options(checkpoint.values["options"], options)
-    device = choose_device(options.training.device)
+    micro_batches(options.training, ranks)
+    device = choose_device(ranks.device_name(options.training.device))
     dtype = choose_precision(options.training.precision, device)
     shards = open_shards(options, "train")
     random_state.seed_all(options.training.seed)
     model = load_model(options, model_config(options, shards), checkpoint)
-    torch.nn.Module.to(model, device)
+    parallel = choose_parallel(options.training, ranks, model.config, device=device, dtype=dtype)
+    parallel.place(model, device)
+    random_state.seed_rank(options.training.seed, ranks.rank)
     state = TrainingState(
         options=options,
         device=device,
@@ -47,13 +56,14 @@ def build_run(options: RunOptions, checkpoint: Checkpoint | None = None) -> tupl
         tokenizer=shards.tokenizer(),
         model=model,
         optimizer=build_optimizer(model, options.optimizer),
-        loader=_loader(shards, options, options.training.seed),
+        loader=PrefetchLoader(_loader(shards, options, options.training.seed, ranks), device=device),
         window=Window(model.config),
         lm_loss=choose_lm_loss(device),
+        parallel=parallel,
     )
     if options.training.compile or (options.training.compile is None and device.type == "cuda"):
         compile_layers(model)
-    validator = build_validator(options, shards, dtype)
+    validator = build_validator(options, shards, dtype, parallel)
     if checkpoint is not None:
         state.restore(checkpoint)
     return state, validator
@@ -69,13 +79,16 @@ def open_shards(options: RunOptions, split: Split) -> TokenShards:
     return shards
 
 
-def _loader(shards: TokenShards, options: RunOptions, seed: int) -> PackedLoader:
+def _loader(shards: TokenShards, options: RunOptions, seed: int, ranks: Ranks | None = None) -> PackedLoader:
+    ranks = Ranks() if ranks is None else ranks
     return PackedLoader(
         shards,
         batch_size=options.training.micro_batch_size,
         sequence_length=options.training.sequence_length,
         seed=seed,
         document_ids=options.data.document_masking,
+        rank=ranks.rank,
+        world_size=ranks.size,
     )
 
 
@@ -155,14 +168,18 @@ def _restart_schedules(model: MorForCausalLM) -> None:
         model.model.recursion.router.training_forwards.zero_()
 
 
-def build_validator(options: RunOptions, shards: TokenShards, dtype: torch.dtype) -> Validator:
+def build_validator(
+    options: RunOptions, shards: TokenShards, dtype: torch.dtype, parallel: Parallel | None = None
+) -> Validator:
     """What scores the validation split and calibrates on rows that another seed draws from the training split."""
     training = options.training
     size = training.micro_batch_size * training.sequence_length
     loader = _loader(shards, options, training.seed + 1)
     calibration_rows = [next(loader).input_ids for _ in range(-(-training.calibration_tokens // size))]
     if training.evaluation_tokens == 0:
-        return Validator(rows=[], calibration_rows=calibration_rows, bytes_per_token=1.0, dtype=dtype)
+        return Validator(
+            rows=[], calibration_rows=calibration_rows, bytes_per_token=1.0, dtype=dtype, parallel=parallel
+        )
     validation = open_shards(options, "validation")
     rows = evaluation_batches(
         validation,
@@ -171,5 +188,9 @@ def build_validator(options: RunOptions, shards: TokenShards, dtype: torch.dtype
         max_tokens=training.evaluation_tokens,
     )
     return Validator(
-        rows=list(rows), calibration_rows=calibration_rows, bytes_per_token=validation.bytes_per_token, dtype=dtype
+        rows=list(rows),
+        calibration_rows=calibration_rows,
+        bytes_per_token=validation.bytes_per_token,
+        dtype=dtype,
+        parallel=parallel,
     )

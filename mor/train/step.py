@@ -15,6 +15,7 @@ from mor.data.loader import Batch
 from mor.model.lm_loss import LmLoss
 from mor.model.modeling_mor import MorCausalLMOutput, MorForCausalLM
 from mor.train.optim import clip_gradients, set_learning_rate
+from mor.train.parallel import OneProcess, Parallel, micro_batches, sum_loads
 from mor.train.precision import autocast
 from mor.train.state import TrainingState
 from mor.train.window import Window
@@ -27,17 +28,21 @@ def accumulate_gradients(
     dtype: torch.dtype,
     lm_loss: LmLoss | None = None,
     window: Window | None = None,
+    parallel: Parallel | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the mean loss over all target tokens of `batches`, however they are cut into micro-batches.
+    """Add the gradient of the mean loss over all target tokens of the step, however they are cut into micro-batches.
 
-    Returns `loss` and its unweighted parts `loss/{part}` as 0-d tensors, means over the whole step.
+    `batches`: this rank's; the step has as many tokens on every rank. Returns `loss` and its unweighted parts
+    `loss/{part}` as 0-d tensors, means over the whole step.
     """
-    targets = sum(_num_targets(batch) for batch in batches)
+    parallel = OneProcess() if parallel is None else parallel
+    targets = sum(_num_targets(batch) for batch in batches) * parallel.ranks.size
     values: dict[str, Tensor] = {}
-    for batch in batches:
-        output = _forward(model, batch, targets, dtype, lm_loss)
-        assert output.loss is not None and output.losses is not None
-        output.loss.backward()
+    for number, batch in enumerate(batches, start=1):
+        with parallel.accumulating(is_last=number == len(batches)):
+            output = _forward(parallel, model, batch, targets, dtype, lm_loss)
+            assert output.loss is not None and output.losses is not None
+            parallel.backward(output.loss)
         share = _num_targets(batch) / targets
         parts = {"loss": output.loss}  # this and the language-modelling loss are sums over `targets` already
         parts |= {f"loss/{name}": loss * (1.0 if name == "lm" else share) for name, loss in output.losses.items()}
@@ -46,7 +51,14 @@ def accumulate_gradients(
         if window is not None:
             assert output.depths is not None and output.routing is not None
             window.add_forward(output.depths, output.routing)
-    return values
+    return _sum_over_ranks(values, parallel)
+
+
+def _sum_over_ranks(values: dict[str, Tensor], parallel: Parallel) -> dict[str, Tensor]:
+    if parallel.ranks.size == 1:
+        return values
+    total = parallel.ranks.sum(torch.stack([value.float() for value in values.values()]))
+    return dict(zip(values, total.unbind()))
 
 
 def _num_targets(batch: Batch) -> int:
@@ -55,14 +67,20 @@ def _num_targets(batch: Batch) -> int:
 
 
 def _forward(
-    model: MorForCausalLM, batch: Batch, targets: int, dtype: torch.dtype, lm_loss: LmLoss | None
+    parallel: Parallel,
+    model: MorForCausalLM,
+    batch: Batch,
+    targets: int,
+    dtype: torch.dtype,
+    lm_loss: LmLoss | None,
 ) -> MorCausalLMOutput:
     ids_BT = batch.input_ids.to(model.device, non_blocking=True)
     documents_BT = None if batch.document_ids is None else batch.document_ids.to(model.device, non_blocking=True)
     # The first token is nobody's target: left in, it would count in the share that weighs the router losses.
     labels_BT = F.pad(ids_BT[:, 1:], (1, 0), value=-100)
     with autocast(model.device, dtype):
-        return model(
+        return parallel.forward(
+            model,
             input_ids=ids_BT,
             labels=labels_BT,
             document_ids=documents_BT,
@@ -75,13 +93,21 @@ def _forward(
 def optimizer_step(state: TrainingState, learning_rate: float) -> None:
     """Take the next step of a run at `learning_rate`, and add what it measured to the window."""
     state.positions.append(state.loader.state_dict())
-    count = state.options.training.gradient_accumulation_steps
+    count = micro_batches(state.options.training, state.parallel.ranks)
     batches = [next(state.loader) for _ in range(count)]
-    values = accumulate_gradients(state.model, batches, dtype=state.dtype, lm_loss=state.lm_loss, window=state.window)
+    values = accumulate_gradients(
+        state.model,
+        batches,
+        dtype=state.dtype,
+        lm_loss=state.lm_loss,
+        window=state.window,
+        parallel=state.parallel,
+    )
     norms = clip_gradients(state.optimizer, state.options.optimizer.max_gradient_norm)
     set_learning_rate(state.optimizer, learning_rate)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
+    sum_loads(state.model, state.parallel.ranks)
     state.model.update_router_bias()
     state.window.add_step(values | norms)
     state.step += 1

@@ -12,6 +12,7 @@ from torch import Tensor
 from mor.model.calibrate import calibrate, can_calibrate
 from mor.model.modeling_mor import MorForCausalLM
 from mor.model.scoring import score_tokens
+from mor.train.parallel import OneProcess, Parallel
 from mor.train.precision import autocast
 
 WITH_CAPACITIES = ("expert_choice", "random")
@@ -30,7 +31,8 @@ class Validator:
 
     `rows`: (B, T) batches to score; empty: nothing is. `calibration_rows`: training rows that thresholds are taken
     from; empty: none are.
-    `bytes_per_token`: of the validation text. `dtype`: of matrix products.
+    `bytes_per_token`: of the validation text. `dtype`: of matrix products. `parallel`: how ranks share the model; they
+    share the scoring, and each calibrates on all calibration rows.
     """
 
     def __init__(
@@ -40,9 +42,11 @@ class Validator:
         calibration_rows: Sequence[Tensor],
         bytes_per_token: float,
         dtype: torch.dtype = torch.float32,
+        parallel: Parallel | None = None,
     ) -> None:
         self._rows, self._calibration_rows = rows, calibration_rows
         self._bytes_per_token, self._dtype = bytes_per_token, dtype
+        self._parallel = OneProcess() if parallel is None else parallel
 
     @property
     def calibrates(self) -> bool:
@@ -56,7 +60,7 @@ class Validator:
         the causal thresholds fit the weights of the moment. The model's mode and the random generators are left as they
         were. Empty without rows to score.
         """
-        with _aside(model), autocast(model.device, self._dtype):
+        with _aside(model), self._parallel.evaluating(model), autocast(model.device, self._dtype):
             depth = trained_mean_depth(model) if self.calibrates else None
             if depth is not None and self._rows:
                 grid = _bracket(depth, model.config.num_recursions)
@@ -67,9 +71,10 @@ class Validator:
     def finish(self, model: MorForCausalLM) -> dict[str, dict[str, float]]:
         """As `evaluate`, after calibrating every router that has a budget over the whole range of budgets.
 
-        In float32, as thresholds that outlive the run should be.
+        In float32, as thresholds that outlive the run should be, unless weights are brought together in less.
         """
-        with _aside(model):
+        dtype = self._parallel.gathered_dtype
+        with _aside(model), self._parallel.evaluating(model), autocast(model.device, dtype):
             depth = trained_mean_depth(model) if self.calibrates else None
             if self.calibrates and can_calibrate(model):
                 calibrate(model, self._on_device(model, self._calibration_rows))
@@ -84,13 +89,14 @@ class Validator:
         return scores
 
     def _score(self, model: MorForCausalLM, decision: str, mean_depth: float | None) -> dict[str, float]:
-        total, tokens, depths, visited = 0.0, 0, 0, 0
-        for rows in self._on_device(model, self._rows):
-            scores = score_tokens(model, rows, decision=decision, mean_depth=mean_depth)
-            total += float(scores.nll_BT.double()[scores.counted_BT].sum())
-            tokens += int(scores.counted_BT.sum())
-            depths += int(scores.depths_BT.sum())
-            visited += scores.depths_BT.numel()
+        parts = []
+        for rows, counts in self._share():
+            scores = score_tokens(model, rows.to(model.device), decision=decision, mean_depth=mean_depth)
+            if counts:
+                nll = float(scores.nll_BT.double()[scores.counted_BT].sum())
+                parts.append((nll, int(scores.counted_BT.sum()), int(scores.depths_BT.sum()), scores.depths_BT.numel()))
+        every = [part for parts_of_rank in self._parallel.ranks.each(lambda: parts) for part in parts_of_rank]
+        total, tokens, depths, visited = (sum(column) for column in zip(*every))
         nll = total / tokens
         return {
             "nll": nll,
@@ -98,6 +104,14 @@ class Validator:
             "mean_depth": depths / visited,
             "tokens": tokens,
         }
+
+    def _share(self) -> Iterator[tuple[Tensor, bool]]:
+        """This rank's batches, and whether they count: ranks run as many forwards each, as bringing weights together
+        needs them all."""
+        ranks = self._parallel.ranks
+        for first in range(0, len(self._rows), ranks.size):
+            mine = first + ranks.rank
+            yield self._rows[min(mine, len(self._rows) - 1)], mine < len(self._rows)
 
     def _on_device(self, model: MorForCausalLM, rows: Sequence[Tensor]) -> Iterator[Tensor]:
         return (batch.to(model.device) for batch in rows)

@@ -15,6 +15,7 @@ from torch import Tensor
 from mor.model.configuration_mor import MorConfig
 from mor.model.routing import RecursionTrace
 from mor.train import metrics
+from mor.train.ranks import Ranks
 
 
 class Window:
@@ -72,6 +73,20 @@ class Window:
         if self._config.router != "none":
             record |= {"max_violation": metrics.max_violation(load), "router_entropy": metrics.load_entropy(load)}
         return record
+
+    def collect(self, ranks: Ranks) -> None:
+        """Bring the counts of all ranks together on the first; the others begin anew. Values are alike on all."""
+        if ranks.size == 1:
+            return
+        for name in sorted(self._counts):
+            total = ranks.sum(self._counts[name])
+            self._counts[name] = total
+        if not ranks.is_first:
+            self.clear_counts()
+
+    def clear_counts(self) -> None:
+        """Set the counts to 0."""
+        self._counts = {name: torch.zeros_like(count) for name, count in self._counts.items()}
 
     def clear(self) -> None:
         """Start the next log interval."""

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,75 @@ def test_bad_paths_are_errors_at_once(tmp_path: Path):
         FileSource(tmp_path)
     with pytest.raises(ValueError, match="document_characters=0"):
         FileSource(tmp_path, document_characters=0)
+
+
+def test_every_place_can_be_entered_again(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "a.jsonl").write_text(json_lines(TEXTS[:1]) + "\n\n" + json_lines(TEXTS[1:]))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"word word\n\n" * 30))
+    parquet.write_table(
+        pyarrow.table({"text": [f"row {i}" for i in range(30)]}), tmp_path / "c.parquet", row_group_size=7
+    )
+    (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(json_lines(TEXTS).encode()))
+    source = FileSource(tmp_path, document_characters=50)
+    expected = list(source.documents())
+    stream = source.documents()
+    shares: list[float] = []
+    for index in range(len(expected)):
+        position = json.loads(json.dumps(stream.position()))
+        assert list(source.documents(position)) == expected[index:]
+        assert next(stream) == expected[index]
+        shares.append(stream.share() or 0)
+    assert list(source.documents(stream.position())) == []
+    assert shares == sorted(shares)
+    assert next(stream, None) is None
+    assert stream.share() == 1
+
+
+def test_the_embedded_corpus_can_be_entered_again():
+    source = StandardLibrary(max_bytes=100_000)
+    stream = source.documents()
+    expected = list(source.documents())
+    for _ in range(3):
+        next(stream)
+    assert list(source.documents(stream.position())) == expected[3:]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_the_place_of_the_damage_is_told(suffix: str, compress: Any, tmp_path: Path):
+    rng = random.Random(0)
+    lines = json_lines([f"{rng.getrandbits(4000):x}" for _ in range(500)]).encode()
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(compress(lines)[: len(lines) // 3])
+    documents = read_documents(path)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.\w+ is damaged or cut short after line [1-9]\d+: ") as caught:
+        list(documents)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_the_row_of_the_damage_is_told(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    texts = [f"{i} " * 200 for i in range(2000)]
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=500, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    middle = len(data) * 5 // 8
+    data[middle : middle + 3000] = b"\xff" * 3000
+    path.write_bytes(data)
+    documents = read_documents(path)
+    with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet file, damaged after row [1-9][0-9]+: "):
+        list(documents)
+
+
+def test_options_after_a_path(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text(json_lines(TEXTS, field="body"))
+    assert list(open_source(f"{tmp_path}/a.jsonl?column=body").documents()) == TEXTS
+    (tmp_path / "b?column=c.txt").write_text("what a name")
+    assert list(open_source(f"{tmp_path}/b?column=c.txt").documents()) == ["what a name"]
+    with pytest.raises(ValueError, match="only data sets of the library datasets have splits"):
+        open_source(f"{tmp_path}/a.jsonl?split=train")
 
 
 def test_damaged_files_are_named(tmp_path: Path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mor.model.configuration_mor import MorConfig
 from mor.model.cost import (
     active_counts,
+    communication_bytes,
     complete_flops,
     cost_report,
     count_parameters,
@@ -24,6 +25,7 @@ from mor.model.cost import (
     steps_for_budget,
     tokens_for_budget,
     training_flops,
+    training_memory,
 )
 from mor.model.modeling_mor import MorForCausalLM
 
@@ -333,3 +335,40 @@ def test_parameters_are_those_of_the_model(choices: dict[str, Any], tied: bool) 
     config = small_config(tie_word_embeddings=tied, **choices)
     model = MorForCausalLM(config)
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config).total
+
+
+def test_a_shared_block_is_communicated_once_however_often_it_runs():
+    """Three recursions of ten layers cost the network what ten layers do, and the devices what thirty do."""
+    deep = MorConfig(num_hidden_layers=32, num_recursions=3, sharing="middle_cycle")
+    shallow = MorConfig(num_hidden_layers=12, num_recursions=1, sharing="middle_cycle")
+    arguments = {"num_ranks": 8, "gathered_bytes": 2}
+    assert communication_bytes(deep, **arguments) == communication_bytes(shallow, **arguments)
+    assert complete_flops(deep, 2048) > 2 * complete_flops(shallow, 2048)
+    vanilla = MorConfig(num_hidden_layers=32)
+    layerwise = communication_bytes(deep, gathers_block=False, **arguments)
+    assert communication_bytes(deep, **arguments) < layerwise < communication_bytes(vanilla, **arguments)
+
+
+def test_communication_by_hand():
+    config = MorConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=96, vocab_size=100)
+    count = count_parameters(config).total
+    layers = count - 100 * 64 - 64
+    assert communication_bytes(config, num_ranks=1) == 0
+    assert communication_bytes(config, num_ranks=4, sharded=False) == pytest.approx(2 * 4 * count * 3 / 4)
+    sharded = (2 * 2 * layers + 4 * (100 * 64 + 64) + 4 * count) * 3 / 4
+    assert communication_bytes(config, num_ranks=4) == pytest.approx(sharded)
+    assert communication_bytes(config, num_ranks=4, micro_batches=3) == pytest.approx(3 * sharded)
+    kept = communication_bytes(config, num_ranks=4, reshard_after_forward=False)
+    assert sharded - kept == pytest.approx(2 * layers * 3 / 4)
+
+
+def test_memory_falls_with_ranks_and_with_recomputation():
+    config = MorConfig(num_hidden_layers=32, num_recursions=3, sharing="middle_cycle", router="expert_choice")
+    arguments = {"rows": 16, "sequence_length": 2048}
+    one, eight = (training_memory(config, num_ranks=size, **arguments) for size in (1, 8))
+    assert one.states == 16 * count_parameters(config).total == 8 * eight.states
+    assert (one.gathered, one.activations) == (0, eight.activations)
+    assert one.total == one.states + one.activations
+    assert training_memory(config, checkpointing=True, **arguments).activations < 0.6 * one.activations
+    vanilla = MorConfig(num_hidden_layers=32)
+    assert one.activations < 0.75 * training_memory(vanilla, **arguments).activations

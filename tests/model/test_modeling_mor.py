@@ -68,7 +68,7 @@ def test_router_buffers_missing_from_a_checkpoint_start_fresh(tmp_path):
 def test_thresholds_and_biases_stay_float32_in_a_bfloat16_model(router, tmp_path):
     model = tiny_model(router=router, balancing="loss_free")
     buffers = dict(model.model.recursion.router.named_buffers())
-    for name, buffer in buffers.items():
+    for buffer in buffers.values():
         if buffer.is_floating_point():
             buffer.uniform_(0.1, 0.2)
     model.save_pretrained(tmp_path)

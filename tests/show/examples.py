@@ -56,6 +56,7 @@ def report(**changes: Any) -> Report:
         "tokens": tokens(),
         "text_note": "Note <i>.",
         "arms": arms(),
+        "subject": "mor",
         "baseline": "vanilla",
         "depth_counts": (0, 5, 3, 2),
         "score_bins": ((0, 0, 0, 10), (4, 1, 0, 5), (3, 0, 0, 2)),

@@ -90,6 +90,15 @@ def test_top_p_keeps_the_likely_ones() -> None:
     assert share == pytest.approx(5 / 8, abs=0.1)
 
 
+def test_the_end_can_be_put_off() -> None:
+    logits = torch.tensor([0.1, 5.0, 0.2])
+    generator = torch.Generator().manual_seed(0)
+    assert draw(logits, greedy(), generator)[0] == 1
+    assert draw(logits, greedy(), generator, banned=1)[0] == 2
+    drawn = {draw(logits, Sampling(), generator, banned=1)[0] for _ in range(50)}
+    assert 1 not in drawn
+
+
 def test_text_ends_with_the_models_longest_sequence(model: MorForCausalLM) -> None:
     views = list(stream_tokens(model, TOKENIZER, "a" * 60, greedy(max_new_tokens=50)))
     assert sum(not view.from_prompt and bool(view.text) for view in views) <= 5

@@ -1,0 +1,68 @@
+"""Tensors whose rows lie on different ranks (FSDP2's `DTensor`), cut from and put together to whole ones.
+
+Only what FSDP2 makes: one mesh dimension, rows (dimension 0) dealt out in equal runs, the last ones shorter or empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is spread over ranks."""
+    return isinstance(tensor, DTensor)
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """The rows on this rank; all of a tensor that is not spread."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_value(tensor: Tensor) -> Tensor:
+    """The value on every rank: of a norm of spread tensors, for instance."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def row_range(tensor: DTensor) -> tuple[int, int]:
+    """The rows, from start to stop, that lie on this rank."""
+    size, rank = tensor.device_mesh.size(), tensor.device_mesh.get_local_rank()
+    length = tensor.shape[0]
+    each = -(-length // size)
+    return min(rank * each, length), min((rank + 1) * each, length)
+
+
+def gather_to(tensor: DTensor, owner: int) -> Tensor | None:
+    """The whole tensor, on `owner`'s host; None elsewhere. All ranks must call it.
+
+    Only the owner receives: an all-gather would carry the whole tensor to every rank.
+    """
+    local, mesh = tensor.to_local().detach(), tensor.device_mesh
+    each = -(-tensor.shape[0] // mesh.size())
+    padded = local.new_zeros((each, *tensor.shape[1:]))
+    padded[: local.shape[0]] = local
+    is_owner = mesh.get_local_rank() == owner
+    parts = [torch.empty_like(padded) for _ in range(mesh.size())] if is_owner else None
+    dist.gather(padded, parts, dst=owner, group=mesh.get_group())
+    return None if parts is None else torch.cat(parts)[: tensor.shape[0]].cpu()
+
+
+def part_like(parameter: Tensor, stored: Mapping[str, Tensor], name: str) -> Tensor:
+    """The stored whole tensor `name`, spread as `parameter` is; only the rows on this rank are read.
+
+    `stored` may read rows by itself, with a method `rows(name, start, stop)`.
+    """
+    if not isinstance(parameter, DTensor):
+        return stored[name]
+    start, stop = row_range(parameter)
+    read = getattr(stored, "rows", None)
+    rows = stored[name][start:stop] if read is None else read(name, start, stop)
+    local = rows.to(parameter.to_local().device)
+    shape = parameter.shape
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=parameter.stride()
+    )
