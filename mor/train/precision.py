@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -31,6 +33,13 @@ def choose_precision(name: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 and name != "float32" else torch.float32
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Context for a forward pass: weights stay float32, matrix products run in `dtype`."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    if dtype == torch.float32:
+        yield
+        return
+    with warnings.catch_warnings(), torch.autocast(device.type, dtype=dtype):
+        # Norms keep float32 weights on a bfloat16 stream by intention; compiled code fuses them all the same.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
+        yield
