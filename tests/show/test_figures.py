@@ -53,7 +53,8 @@ def test_lines_stay_inside_the_frame() -> None:
 
 
 def test_a_flat_line_can_be_drawn() -> None:
-    parse(line_chart([Series(name="s", points=((1, 2.0),))], title="t", x_label="x", y_label="y"))
+    svg = line_chart([Series(name="s", points=((1, 2.0),))], title="t", x_label="x", y_label="y")
+    assert parse(svg) is not None and "nan" not in svg
 
 
 def test_no_points_is_an_error() -> None:

@@ -34,7 +34,7 @@ def test_long_tokens_are_wrapped() -> None:
 
 @given(st.text(max_size=40))
 def test_any_text_is_valid_xml(text: str) -> None:
-    ElementTree.fromstring(token_picture([TokenView(text=text, depth=0)], 2))
+    assert ElementTree.fromstring(token_picture([TokenView(text=text, depth=0)], 2)).tag.endswith("svg")
 
 
 def test_it_follows_the_theme_and_needs_nothing_else() -> None:

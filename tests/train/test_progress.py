@@ -43,8 +43,9 @@ def test_plain_lines_come_when_their_time_has_come():
     assert "step 50/100  loss 2.346  12,346 tokens/s  mean depth 1.87" in stream.getvalue()
 
 
-def test_silence():
+def test_silence(capsys):
     tell(SilentProgress())
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_stream_decides():

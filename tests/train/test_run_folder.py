@@ -25,14 +25,14 @@ def test_claiming_writes_the_options_and_clears_what_failures_left(tmp_path):
 
 
 def test_the_same_options_pass_and_some_may_change():
-    check_same_options(STORED, OPTIONS)
+    assert check_same_options(STORED, OPTIONS) is None
     moved = RunOptions(
         output="elsewhere",
         model=OPTIONS.model,
         data=DataOptions(path="moved", verify=False),
         training=TrainingOptions(checkpoint_interval=7, keep_checkpoints=9, device="cpu"),
     )
-    check_same_options(STORED, moved)
+    assert check_same_options(STORED, moved) is None
 
 
 @pytest.mark.parametrize(
