@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from mor import demo
@@ -110,6 +111,15 @@ def test_steps_fit_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps_in(whole * 10, 300) == DEMO_STEPS
     assert steps_in(whole / 2, 300) == pytest.approx(DEMO_STEPS / 2, rel=0.03)
     assert steps_in(0.1, 300) == 20
+
+
+def test_the_faster_number_of_threads_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, tried = torch.get_num_threads(), []
+    for slow in (1, 4):
+        monkeypatch.setattr(demo, "_step_seconds", lambda run, slow=slow: float(torch.get_num_threads() == slow))
+        tried.append(demo.fastest_threads(4))
+    torch.set_num_threads(before)
+    assert tried == [4, 1]
 
 
 def test_times_are_measured() -> None:

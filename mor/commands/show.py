@@ -37,10 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
     views = read_tokens(model, tokenizer, text, mean_depth=arguments.mean_depth)
     rows = torch.tensor([encode(tokenizer, text)])
     routing = routing_report(model, [rows], mean_depth=arguments.mean_depth)
-    bins = [recursion.bins for recursion in routing.recursions]
-    thresholds = [recursion.threshold for recursion in routing.recursions]
     console = make_console(color=False if arguments.no_color else None)
-    print_reading(views, routing.depth_counts, bins, thresholds, console=console)
+    print_reading(views, routing.depth_counts, routing.recursions, console=console)
     _write_files(arguments, views, routing)
 
 

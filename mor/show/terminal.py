@@ -8,6 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.style import Style
 from rich.text import Text
 
+from mor.evaluate.routing_report import RecursionScores
 from mor.show.numbers import percent
 from mor.show.palette import depth_swatches
 from mor.show.tokens import TokenView, mean_depth, subscript, visible
@@ -73,17 +74,19 @@ def depth_histogram(counts: Sequence[int], *, width: int = 32) -> Text:
     return text
 
 
-def score_histograms(histograms: Sequence[Sequence[int]], thresholds: Sequence[float]) -> Group:
-    """One line of bars per recursion for router scores from 0 to 1; the reversed place is the threshold to go on."""
+def score_histograms(recursions: Sequence[RecursionScores]) -> Group:
+    """One line of bars per recursion for router scores from 0 to 1; the reversed place is the threshold to go on, and
+    the number at the end the share of all tokens that took the recursion."""
     lines: list[RenderableType] = []
-    for recursion, (bins, threshold) in enumerate(zip(histograms, thresholds, strict=True), start=1):
-        lines.append(_score_line(bins, threshold, recursion, len(histograms)))
-    scale = len(histograms[0]) if histograms else 0
+    for recursion, scores in enumerate(recursions, start=1):
+        lines.append(_score_line(scores, recursion, len(recursions)))
+    scale = len(recursions[0].bins) if recursions else 0
     lines.append(Text("            0" + "score".center(max(0, scale - 2)) + "1", "dim"))
     return Group(*lines)
 
 
-def _score_line(bins: Sequence[int], threshold: float, recursion: int, num_recursions: int) -> Text:
+def _score_line(scores: RecursionScores, recursion: int, num_recursions: int) -> Text:
+    bins, threshold = scores.bins, scores.threshold
     top = max(max(bins, default=0), 1)
     color = _mark_color(recursion, num_recursions)
     text = Text(f"recursion {recursion} ")
@@ -92,8 +95,7 @@ def _score_line(bins: Sequence[int], threshold: float, recursion: int, num_recur
         level = 0 if not number else max(1, round(number / top * (len(BLOCKS) - 1)))
         style = Style(color=color, reverse=index == mark)
         text.append("▾" if index == mark and not level else BLOCKS[level], style)
-    share = sum(n for i, n in enumerate(bins) if mark is None or i >= mark) / max(1, sum(bins))
-    return text.append(f" {percent(share)} enter", "dim")
+    return text.append(f" {percent(scores.share)} enter", "dim")
 
 
 def _mark_color(depth: int, num_depths: int) -> str:
@@ -132,8 +134,7 @@ def print_stream(views: Iterable[TokenView], num_depths: int, *, console: Consol
 def print_reading(
     views: Sequence[TokenView],
     depth_counts: Sequence[int],
-    score_bins: Sequence[Sequence[int]],
-    thresholds: Sequence[float],
+    recursions: Sequence[RecursionScores],
     *,
     console: Console,
 ) -> None:
@@ -145,6 +146,6 @@ def print_reading(
     console.print(depth_text(views, num_depths, numbers=not colors), soft_wrap=True)
     console.print(f"\nmean depth {mean_depth(views):.2f} of {num_depths}, {len(views)} tokens\n", style="dim")
     console.print(depth_histogram(depth_counts))
-    if score_bins:
+    if recursions:
         console.print()
-        console.print(score_histograms(score_bins, thresholds))
+        console.print(score_histograms(recursions))

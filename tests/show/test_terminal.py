@@ -6,6 +6,7 @@ import io
 
 from rich.console import Console
 
+from mor.evaluate.routing_report import RecursionScores
 from mor.show.palette import depth_swatches
 from mor.show.terminal import (
     depth_histogram,
@@ -63,11 +64,15 @@ def test_histogram_shares() -> None:
 
 def test_score_lines() -> None:
     target = console()
-    target.print(score_histograms(((0, 0, 1, 3), (2, 0, 0, 2)), (0.0, 0.5)))
+    recursions = [
+        RecursionScores(bins=(0, 0, 1, 3), quantiles=(), threshold=0.0, share=1.0),
+        RecursionScores(bins=(2, 0, 0, 2), quantiles=(), threshold=0.5, share=0.25),
+    ]
+    target.print(score_histograms(recursions))
     lines = printed(target).splitlines()
     assert lines[0].split() == ["recursion", "1", "▃█", "100%", "enter"]
     assert lines[1].startswith("recursion 2 █ ▾█")
-    assert lines[1].endswith("50% enter")
+    assert lines[1].endswith("25% enter")
 
 
 def test_stream_without_colours_is_the_plain_text() -> None:
@@ -97,7 +102,7 @@ def test_markup_in_a_text_is_only_text() -> None:
 
 def test_reading_without_a_router_has_no_scores() -> None:
     out = console()
-    print_reading(tokens(), (0, 3, 1, 1), (), (), console=out)
+    print_reading(tokens(), (0, 3, 1, 1), (), console=out)
     text = printed(out)
     assert "mean depth 1.60 of 3, 5 tokens" in text
     assert "depth 3" in text
