@@ -50,8 +50,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "mor-3": MIDDLE | dict(num_recursions=3, router="expert_choice"),
     "mor-3-shared": MIDDLE | dict(num_recursions=3, router="expert_choice", kv_cache="shared"),
     "mor-3-token": MIDDLE | dict(num_recursions=3, router="token_choice"),
+    "vanilla-documents": {},
+    "mor-3-documents": MIDDLE | dict(num_recursions=3, router="expert_choice"),
     "transformers": {},
 }
+DOCUMENT_TOKENS = 500  # on average, in the arms whose attention stays inside documents
 
 
 @dataclass(kw_only=True)
@@ -71,16 +74,17 @@ class BalancedDepths(DepthRule):
         return torch.randint(score_BTR.shape[-1], score_BTR.shape[:2], device=score_BTR.device)
 
 
-def mor_step(changes: dict[str, Any], rows: Tensor) -> Callable[[], Tensor]:
+def mor_step(name: str, rows: Tensor) -> Callable[[], Tensor]:
     """A training step of one of our models, as `mor train` takes it."""
-    config = MorConfig(**DIMENSIONS, **changes, max_position_embeddings=rows.shape[1])
+    config = MorConfig(**DIMENSIONS, **ARMS[name], max_position_embeddings=rows.shape[1])
     model: Any = MorForCausalLM(config)
     model = model.cuda().train()
     if config.router == "token_choice":
         model.model.recursion.router.trained_rule = BalancedDepths
     compile_layers(model)
     optimizer, lm_loss = build_optimizer(model, OptimizerOptions()), ChunkedLmLoss()
-    batch = Batch(input_ids=rows, document_ids=None, epoch=0)
+    documents = (torch.rand(rows.shape, device="cuda") < 1 / DOCUMENT_TOKENS).cumsum(1)
+    batch = Batch(input_ids=rows, document_ids=documents if name.endswith("-documents") else None, epoch=0)
 
     def step() -> Tensor:
         values = accumulate_gradients(model, [batch], dtype=torch.bfloat16, lm_loss=lm_loss)
@@ -116,7 +120,7 @@ def measure(name: str, rows: Tensor, steps: int) -> Measured:
     """Build an arm, warm it up, time its steps with device events, and drop it."""
     torch.manual_seed(0)
     start = time.perf_counter()
-    step = transformers_step(rows) if name == "transformers" else mor_step(ARMS[name], rows)
+    step = transformers_step(rows) if name == "transformers" else mor_step(name, rows)
     for _ in range(5):
         step()
     torch.cuda.synchronize()

@@ -21,11 +21,13 @@ from mor import __version__
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """A sub-command: the module with `add_arguments(parser)` and `run(arguments)`, what it does in a phrase, and
-    whether it takes further `--a.b=c` options, which it finds in `arguments.overrides`."""
+    whether it takes further `--a.b=c` options, which it finds in `arguments.overrides`, and whether it takes any number
+    of words, between which options may stand."""
 
     module: str
     summary: str
     takes_overrides: bool = False
+    takes_words: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -33,7 +35,9 @@ COMMANDS: dict[str, Command] = {
     "train": Command(module="train", summary="train a model from a recipe or an options file", takes_overrides=True),
     "generate": Command(module="generate", summary="write text, every token coloured by its recursion depth"),
     "evaluate": Command(module="evaluate", summary="measure how well a model predicts held-out text, causally"),
-    "show": Command(module="show", summary="show the recursion depths and router scores of a given text"),
+    "show": Command(
+        module="show", summary="show the depths and router scores of a given text, or compare runs", takes_words=True
+    ),
     "calibrate": Command(module="calibrate", summary="find the thresholds for every depth budget and store them"),
     "convert": Command(module="convert", summary="convert Llama-family or the authors' checkpoints"),
     "data": Command(module="data", summary="make token shards, train a tokenizer, or look into shards"),
@@ -89,7 +93,8 @@ def _dispatch(arguments: list[str]) -> int:
     module = importlib.import_module(f"mor.commands.{command.module}")
     parser = Parser(prog=f"mor {name}", description=module.__doc__, formatter_class=argparse.RawTextHelpFormatter)
     module.add_arguments(parser)
-    known, rest = parser.parse_known_args(arguments[1:])
+    parse = parser.parse_known_intermixed_args if command.takes_words else parser.parse_known_args
+    known, rest = parse(arguments[1:])
     overrides = [word for word in rest if command.takes_overrides and word.startswith("--")]
     if rest != overrides:
         wrong = next(word for word in rest if word not in overrides)

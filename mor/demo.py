@@ -228,7 +228,7 @@ def _train(runs: dict[Kind, RunOptions], console: Console) -> dict[Kind, TrainRe
 
 
 def _load(run: RunOptions) -> tuple[MorForCausalLM, Any]:
-    from mor.commands.common import load_model
+    from mor.loading import load_model
 
     return load_model(run.output, device="cpu")
 

@@ -18,6 +18,29 @@ hypothesis.settings.register_profile("mor", max_examples=50, deadline=None, dera
 hypothesis.settings.load_profile("mor")
 
 
+# What torch's own compiler says of itself, and of the mode that finds synchronisations.
+OF_THE_COMPILER = (
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    "ignore:Synchronization debug mode is a prototype:UserWarning",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on a GPU compile: they bear the compiler's warnings."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            for message in OF_THE_COMPILER:
+                item.add_marker(pytest.mark.filterwarnings(message))
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew(request: pytest.FixtureRequest) -> None:
+    """Nothing that an earlier test compiled."""
+    if request.node.get_closest_marker("gpu"):
+        torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same random numbers for a test whatever ran before it."""

@@ -27,13 +27,15 @@ class Level:
     relative_only: bool = False
 
 
-BASE = ("mor.config", "mor.files")
+BASE = ("mor.config", "mor.files", "mor.quiet")
 MODEL_LIBRARIES = ("torch", "transformers", "huggingface_hub", "numpy", "safetensors")
 
 # The first level whose part a file belongs to is the one that counts.
 LEVELS = (
     Level(part="mor.config", internal=(), external=("yaml",)),
     Level(part="mor.files", internal=(), external=()),
+    Level(part="mor.quiet", internal=(), external=("transformers",)),
+    Level(part="mor.loading", internal=("mor.quiet", "mor.data", "mor.model")),
     Level(part="mor.model.depth_plan", internal=(), external=()),
     Level(  # these files also ship as Hugging Face remote code, so they name each other relatively
         part="mor.model",

@@ -20,7 +20,8 @@ from mor.data.tokenizer import byte_tokenizer
 from mor.model.calibrate import calibrate
 from mor.model.configuration_mor import MorConfig
 from mor.model.modeling_mor import MorForCausalLM
-from mor.train.quiet import without_progress_bars
+from mor.quiet import without_progress_bars
+from tests.show.examples import evaluation_line, training_line, write_run
 
 TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * 7} lazy dogs.\n\n" for i in range(200))
 
@@ -261,6 +262,10 @@ def test_evaluate_as_json(model: Path, shards: Path, capsys: pytest.CaptureFixtu
     assert result["perplexity"] > 1
     assert result["bits_per_byte"] == pytest.approx(result["nll"] / 0.6931471805599453, rel=0.05)
     assert sum(result["tokens_by_depth"]) == 640
+    words = ("evaluate", model, "--data", shards, "--max-tokens", 640, "--json", "--document-masking")
+    masked = json.loads(works(capsys, *words))
+    assert masked["document_masking"] and not found["document_masking"]
+    assert masked["results"][0]["nll"] != result["nll"]
 
 
 def test_top_k_is_only_by_name_and_labelled(model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,6 +320,57 @@ def test_show_prints_depths_and_writes_a_page(model: Path, tmp_path: Path, capsy
 
 def test_show_needs_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "empty" in fails(capsys, "show", model, "")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `a` and `b` of runs, and one beside them that is none."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "a", training_line(50), evaluation_line(50), training_line(100), evaluation_line(100, nll=2.0))
+    write_run(folder / "b", training_line(50), evaluation_line(50, nll=1.5))
+    (folder / "c").mkdir()
+    return folder
+
+
+def test_show_compares_runs(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "runs.html"
+    out = works(capsys, "show", runs / "a", "--no-color", runs / "b", "--out", page)
+    assert f"wrote {page}" in out
+    assert "\x1b" not in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["●", "a", "100%", "2.000", "1.000", "1.75", "10", "40%", "1.5"] in rows
+    assert ["○", "b", "50%", "1.500", "0.750", "1.75", "10", "40%", "1.5"] in rows
+    assert "Held-out text, causal (bits per byte)" in out
+    assert "training tokens" in out
+    assert "by FLOPs" in page.read_text()
+
+
+def test_show_one_run_by_time(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = works(capsys, "show", runs / "b", "--by", "time")
+    assert "Training loss (nats per token)" in out  # a single evaluation is no curve
+    assert "minutes of training" in out
+
+
+def test_show_tells_runs_from_texts(
+    model: Path, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = runs / "a"
+    assert "holds no run" in fails(capsys, "show", a, runs / "c")
+    assert f"no such run: {runs / 'd'} (a text" in fails(capsys, "show", a, runs / "d")
+    assert "no such run: x" in fails(capsys, "show", a, runs / "b", "x")
+    assert "no such run: some text" in fails(capsys, "show", a, "some text", "--out", "f")
+    assert "no such run: nothing" in fails(capsys, "show", "nothing")
+    assert "to show what a model does, give a text too" in fails(capsys, "show", model)
+    assert "--html is for a text; runs take --out" in fails(capsys, "show", a, "--html", "f")
+    assert "--mean-depth is for a text" in fails(capsys, "show", a, "--mean-depth", 2)
+    assert "--by is for runs" in fails(capsys, "show", model, "x", "--by", "time")
+    assert "holds no model" in fails(capsys, "show", a, "a text")
+    monkeypatch.chdir(runs)
+    assert "mean depth" in works(capsys, "show", model, "and/or")
+
+
+def test_show_takes_options_between_its_words(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "mean depth 1.00 of 3" in works(capsys, "show", model, "--mean-depth", 1, "x < y")
 
 
 def test_calibrate_stores_thresholds(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

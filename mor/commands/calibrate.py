@@ -6,7 +6,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from mor.commands.common import add_device, find_model, load_model
+from mor.commands.common import add_device
+from mor.loading import find_model, load_model
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "config.json")
 
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     from mor.evaluate.text import open_rows
     from mor.files import new_folder
     from mor.model.calibrate import calibrate
-    from mor.train.quiet import without_progress_bars
+    from mor.quiet import without_progress_bars
 
     source = find_model(arguments.model)
     target = Path(arguments.out) if arguments.out else source

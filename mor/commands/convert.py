@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         from mor.convert.llama import convert_llama as convert
     else:
         from mor.convert.official import convert_official as convert
-    from mor.train.quiet import without_progress_bars
+    from mor.quiet import without_progress_bars
 
     with without_progress_bars():
         model = convert(*arguments.paths, **options)

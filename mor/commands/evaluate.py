@@ -11,7 +11,8 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from mor.commands.common import add_device, depth_list, load_model
+from mor.commands.common import add_device, depth_list
+from mor.loading import load_model
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default 8)")
     parser.add_argument(
+        "--document-masking", action="store_true", help="keep attention inside documents, as the run's option does"
+    )
+    parser.add_argument(
         "--probe-suffixes", type=int, default=64, metavar="N", help="suffixes to try first (default 64)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -63,7 +67,12 @@ def run(arguments: argparse.Namespace) -> None:
     budgets = arguments.mean_depth or [None]
     probes = [_probe(model, rows[0][0], arguments, budget) for budget in budgets]
     results = measure_quality(
-        model, rows, token_bytes=token_byte_lengths(tokenizer), budgets=budgets, decision=arguments.decision
+        model,
+        rows,
+        token_bytes=token_byte_lengths(tokenizer),
+        budgets=budgets,
+        decision=arguments.decision,
+        end_of_text=tokenizer.eos_token_id if arguments.document_masking else None,
     )
     if arguments.json:
         print(json.dumps(_as_json(arguments, probes, results), indent=2))
@@ -92,6 +101,7 @@ def _as_json(arguments: argparse.Namespace, probes: list[ProbeResult], results: 
         "model": str(arguments.model),
         "data": str(arguments.data),
         "decision": arguments.decision,
+        "document_masking": arguments.document_masking,
         "results": [
             {**dataclasses.asdict(quality), "perplexity": quality.perplexity, "probe": _probe_json(probe)}
             for probe, quality in zip(probes, results, strict=True)

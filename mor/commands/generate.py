@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from mor.commands.common import add_device, load_model, text_argument
+from mor.commands.common import add_device, text_argument
+from mor.loading import load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -59,6 +59,7 @@ def measure_quality(
     token_bytes: Tensor,
     budgets: Sequence[float | None] = (None,),
     decision: str = "causal",
+    end_of_text: int | None = None,
 ) -> list[Quality]:
     """Score rows of tokens under each budget, reading the text once.
 
@@ -67,6 +68,8 @@ def measure_quality(
         token_bytes: (V,) UTF-8 bytes of each token, see `token_byte_lengths`.
         budgets: mean depths; None is the model's own.
         decision: `causal`, or by name `top_k`, which looks into the future.
+        end_of_text: attention stays inside documents, which end with this token, as in training with
+            `data.document_masking`. None: it crosses them, as generation does.
 
     Raises:
         ValueError: no predicted tokens, or a budget or decision the model cannot serve.
@@ -75,7 +78,7 @@ def measure_quality(
     for rows_BT in batches:
         rows_BT = rows_BT.to(model.device)
         for tally, budget in zip(tallies, budgets, strict=True):
-            scores = score_tokens(model, rows_BT, decision=decision, mean_depth=budget)
+            scores = score_tokens(model, rows_BT, decision=decision, mean_depth=budget, end_of_text=end_of_text)
             tally.add(scores, token_bytes.to(rows_BT.device)[rows_BT], model.config)
     return [tally.quality(decision, budget) for tally, budget in zip(tallies, budgets, strict=True)]
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .earlier_attention import attend_earlier
+from .ranged_attention import KeyRange
 
 
 class KeysValues(Protocol):
@@ -31,7 +31,7 @@ class AttentionScope:
     """What the active tokens of one visit see.
 
     `mask_BKL`: true where query K may see key L; None is plain causal order when `is_causal`, else everything.
-    `place_BK`: instead of a mask, the last key that each query sees.
+    `key_range`: instead of a mask, the first and the last key that each query sees.
     `row_index`: the batch rows that take part, None for all.
     """
 
@@ -39,7 +39,7 @@ class AttentionScope:
     sin_BKE: Tensor
     keys_values: KeysValues
     mask_BKL: Tensor | None = None
-    place_BK: Tensor | None = None
+    key_range: KeyRange | None = None
     is_causal: bool = True
     row_index: Tensor | None = None
 
@@ -53,17 +53,17 @@ class AttentionScope:
         return y_BKD
 
 
-def rotate(x_BHKE: Tensor, cos_BKE: Tensor, sin_BKE: Tensor) -> Tensor:
+def rotate(x_BKHE: Tensor, cos_BKE: Tensor, sin_BKE: Tensor) -> Tensor:
     """Rotary positions on pairs (i, i + E/2), as Llama pairs them."""
-    cos, sin = cos_BKE.unsqueeze(1), sin_BKE.unsqueeze(1)
-    first, second = x_BHKE.chunk(2, dim=-1)
-    return x_BHKE * cos + torch.cat((-second, first), dim=-1) * sin
+    cos, sin = cos_BKE.unsqueeze(2), sin_BKE.unsqueeze(2)
+    first, second = x_BKHE.chunk(2, dim=-1)
+    return x_BKHE * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def attend(query_BHKE: Tensor, key_BGLE: Tensor, value_BGLE: Tensor, scope: AttentionScope, dropout: float) -> Tensor:
     """Scaled dot-product attention with grouped queries; softmax scale E^-0.5. Returns (B, H, K, E)."""
-    if scope.place_BK is not None:
-        return attend_earlier(query_BHKE, key_BGLE, value_BGLE, scope.place_BK)
+    if scope.key_range is not None:
+        return scope.key_range.attend(query_BHKE, key_BGLE, value_BGLE, dropout)
     mask = None if scope.mask_BKL is None else scope.mask_BKL.unsqueeze(1)
     return F.scaled_dot_product_attention(
         query_BHKE,

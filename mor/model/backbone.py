@@ -155,10 +155,11 @@ class MorModel(MorPreTrainedModel):
                 asked = f"decision={decision!r}" if mean_depth is None else f"mean_depth={mean_depth}"
                 raise ValueError(f"{asked} needs a router; this model's is 'none': every token takes every recursion")
             return None
-        if decision is None and self.training and mean_depth is None:
+        starts = cache is None or not cache.num_columns
+        if decision is None and self.training and mean_depth is None and starts:
             return router.trained_rule()
         rule = router.rule(decision or "causal", mean_depth)
-        if cache is not None and not rule.is_causal and cache.num_columns:
+        if not starts and not rule.is_causal:
             raise ValueError("decision='top_k' looks into the future, so it cannot decode with a cache; use 'causal'")
         return rule
 
@@ -202,7 +203,7 @@ class MorModel(MorPreTrainedModel):
         for layer_index, layer in enumerate(self.last_layers, self.plan.num_layers - self.plan.num_outer):
             x_BTD = self._outer(layer, x_BTD, outer, layer_index)
             hidden.append(x_BTD)
-        x_BTD = self.norm(x_BTD)
+        x_BTD = self.normed(x_BTD)
         return MorModelOutput(
             last_hidden_state=x_BTD,
             hidden_states=(*hidden[:-1], x_BTD) if collect else None,
@@ -210,6 +211,10 @@ class MorModel(MorPreTrainedModel):
             routing=tuple(recursed.traces),
             losses=recursed.losses,
         )
+
+    def normed(self, x_BTD: Tensor) -> Tensor:
+        """The final norm, in the dtype of the residual stream (autocast would make it float32)."""
+        return self.norm(x_BTD).to(x_BTD.dtype)
 
     def _outer(self, layer: nn.Module, x_BTD: Tensor, scope: Any, layer_index: int) -> Tensor:
         run = partial(layer, scope=scope, layer=layer_index)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .modeling_mor import MorForCausalLM
 from .routing import Router
+from .scoring import number_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,11 @@ def calibration_grid(num_recursions: int, num_points: int) -> list[float]:
 
 @torch.no_grad()
 def calibrate(
-    model: MorForCausalLM, batches: Iterable[Tensor], *, mean_depths: Sequence[float] | None = None
+    model: MorForCausalLM,
+    batches: Iterable[Tensor],
+    *,
+    mean_depths: Sequence[float] | None = None,
+    end_of_text: int | None = None,
 ) -> Calibration:
     """Find and store the thresholds for a grid of mean depths.
 
@@ -51,6 +56,7 @@ def calibrate(
         model: a model whose router has a budget (`expert_choice`, `token_choice` or `random`).
         batches: rows of token ids (B, T), all of one length; they run as one batch.
         mean_depths: the grid, at most `num_calibration_points` depths from 1 to R. Default: `calibration_grid`.
+        end_of_text: attention stays inside documents, which end with this token. None: it crosses them.
 
     Returns the table, which is also written to the router's buffers and so saved with the weights.
 
@@ -70,7 +76,8 @@ def calibrate(
     was_training = model.training
     model.eval()
     try:
-        found = [_solve(model, router, rows, depth) for depth in sorted(mean_depths)]
+        documents = None if end_of_text is None else number_documents(rows, end_of_text)
+        found = [_solve(model, router, rows, documents, depth) for depth in sorted(mean_depths)]
     finally:
         model.train(was_training)
     return _store(router, found, rows.numel())
@@ -93,9 +100,11 @@ def _rows(batches: Iterable[Tensor]) -> Tensor:
     return torch.cat([batch.long() for batch in rows])
 
 
-def _solve(model: MorForCausalLM, router: Router, rows: Tensor, depth: float) -> tuple[float, list[float]]:
+def _solve(
+    model: MorForCausalLM, router: Router, rows: Tensor, documents: Tensor | None, depth: float
+) -> tuple[float, list[float]]:
     rule = router.calibration_rule(depth)
-    output = model.model(input_ids=rows, use_cache=False, decision=rule)
+    output = model.model(input_ids=rows, use_cache=False, decision=rule, document_ids=documents)
     missing = router.num_recursions - len(rule.thresholds)
     return float(output.depths.double().mean()), rule.thresholds + [math.inf] * missing
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from .configuration_mor import MorConfig
 from .depth_plan import linear_capacities
@@ -278,12 +279,16 @@ def kv_bytes(config: MorConfig, active: Sequence[int], dtype_bytes: int = 2, *, 
     return stored * 2 * key * dtype_bytes
 
 
+Recompute = Literal["nothing", "recursion", "layer"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
     """Bytes on each device of a run, at the peak of its backward pass.
 
     `states`: weights, gradients and two moments, in float32. `gathered`: weights brought together, with their gradient
-    and its float32 copy on the way to the other ranks. `activations`: what forward keeps for backward.
+    and its float32 copy on the way to the other ranks; on one device, the copies of the weights that products use.
+    `activations`: what forward keeps for backward.
     """
 
     states: float
@@ -311,27 +316,28 @@ def training_memory(
     sequence_length: int,
     gathered_bytes: int = 2,
     gathers_block: bool = True,
-    checkpointing: bool = False,
+    recompute: Recompute = "nothing",
 ) -> TrainingMemory:
     """Memory of training with `rows` rows per device and micro-batch, spread over `num_ranks` devices by FSDP2.
 
-    Activations of a token in a layer: float32 residual stream twice; norms, queries, keys, values, heads' outputs and
-    three feed-forward widths in bfloat16. With `checkpointing`, the stream before each recursion (each layer, without a
-    router), and all of it for one. Logits, which exist a chunk at a time, are left out. `gathers_block`: as in
-    `communication_bytes`.
+    Activations of a token in a layer, in bfloat16, as the compiled step keeps them: the residual stream twice, queries,
+    keys, values, heads' outputs and two feed-forward widths. (Uncompiled: norms and a third width too.) What
+    `recompute` names keeps the stream before each, and all of one: `recursion` is what
+    `training.gradient_checkpointing` does (each layer, without a router), `layer` is on paper. Logits, which exist a
+    chunk at a time, are left out. `gathers_block`: as in `communication_bytes`.
     """
     units, root = _units(config, gathers_block)
     hidden, query, key, inner = _widths(config)
-    alone = num_ranks == 1
-    gathered = 0.0 if alone else 8 * root + max(units) * (2 * gathered_bytes + 4) + sorted([0, *units])[-2]
-    per_token = 8 * hidden + 2 * (2 * hidden + 2 * query + 2 * key + 3 * inner)
+    gathered = 8 * root + max(units) * (2 * gathered_bytes + 4) + sorted([0, *units])[-2] * gathered_bytes
+    if num_ranks == 1:
+        gathered = gathered_bytes * sum(units) if gathered_bytes < 4 else 0
+    per_token = 2 * (2 * hidden + 2 * query + 2 * key + 2 * inner)
     active = default_active(config, sequence_length)
     queries = [step.queries for step in _applications(config, sequence_length, active)]
-    if checkpointing:
-        run = 1 if config.router == "none" else config.depth_plan.block_size
-        kept = 4 * hidden * sum(queries) / run + per_token * run * max(queries)
-    else:
-        kept = per_token * sum(queries)
+    kept = per_token * sum(queries)
+    if recompute != "nothing":
+        run = 1 if config.router == "none" or recompute == "layer" else config.depth_plan.block_size
+        kept = 2 * hidden * sum(queries) / run + per_token * run * max(queries)
     return TrainingMemory(
         states=16 * count_parameters(config).total / num_ranks, gathered=gathered, activations=kept * rows
     )
@@ -341,6 +347,7 @@ def communication_bytes(
     config: MorConfig,
     *,
     num_ranks: int,
+    num_replicas: int = 1,
     micro_batches: int = 1,
     sharded: bool = True,
     gathered_bytes: int = 2,
@@ -352,7 +359,9 @@ def communication_bytes(
     `sharded` (FSDP2): each unit is gathered for the forward and, if freed in between, for the backward pass, and its
     float32 gradient summed, in each of a rank's `micro_batches`. The shared block is gathered once for all recursions;
     if not `gathers_block`, its layers are gathered one by one in every recursion, as a vanilla model of the same depth
-    would have it. Otherwise (DDP): one all-reduce of the float32 gradients.
+    would have it. With `num_replicas`, weights are spread over `num_ranks` ranks only and there are so many such groups
+    (HSDP): each rank's part of the gradient is summed over the groups, once per step. Not `sharded` (DDP): one
+    all-reduce of the float32 gradients.
     """
     units, root = _units(config, gathers_block)
     received = (num_ranks - 1) / num_ranks
@@ -360,4 +369,6 @@ def communication_bytes(
         return 2 * 4 * (sum(units) + root) * received
     applied = sum(units) if gathers_block else config.depth_plan.num_layers * _layer_parameters(config)
     gathers = (2 if reshard_after_forward else 1) * gathered_bytes * applied + 4 * root
-    return micro_batches * (gathers + 4 * (sum(units) + root)) * received
+    gradients = 4 * (sum(units) + root)
+    across = 2 * gradients / num_ranks * (num_replicas - 1) / num_replicas
+    return micro_batches * (gathers + gradients) * received + across

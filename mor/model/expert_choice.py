@@ -6,6 +6,7 @@ Legend: B rows, A tokens alive before a recursion, D hidden size, R recursions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -15,7 +16,7 @@ from .configuration_mor import MorConfig
 from .decision import DecisionRule, Threshold, TopK
 from .router_losses import membership_loss, z_loss
 from .routing import RecursionRouter, ScoreHead, Scores
-from .token_set import TokenSet
+from .token_set import TokenSet, on_device
 
 _MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
@@ -58,12 +59,14 @@ class ExpertChoiceRouter(RecursionRouter):
         excess = 0.5 * (1 + math.cos(math.pi * min(1.0, forwards / steps)))
         return [c + (1 - c) * excess for c in self.trained_shares]
 
-    def score(self, recursion: int, x_BAD: Tensor, number_BA: Tensor) -> Scores:
+    def read(self, recursion: int, x_BAD: Tensor) -> tuple[Tensor, ...]:
         logits_BA = self.heads[recursion](self._tempered(x_BAD)).squeeze(-1)
-        decisive_BA = logits_BA
-        if self.auxiliary_heads is not None:
-            decisive_BA = self.auxiliary_heads[recursion](x_BAD.detach()).squeeze(-1)
-        return Scores(logits_BA=logits_BA, decisive_BA=decisive_BA, gate_BA=self._gate(logits_BA))
+        if self.auxiliary_heads is None:
+            return (logits_BA,)
+        return logits_BA, self.auxiliary_heads[recursion](x_BAD.detach()).squeeze(-1)
+
+    def score(self, recursion: int, read: tuple[Tensor, ...], number_BA: Tensor) -> Scores:
+        return Scores(logits_BA=read[0], decisive_BA=read[-1], gate_BA=self._gate(read[0]))
 
     def losses(self, scores: Scores, kept_BA: Tensor, valid_BA: Tensor | None) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
@@ -98,11 +101,14 @@ class RandomRouter(RecursionRouter):
     def trained_rule(self) -> DecisionRule:
         return TopK(capacities=self.trained_shares)
 
-    def score(self, recursion: int, x_BAD: Tensor, number_BA: Tensor) -> Scores:
+    def read(self, recursion: int, x_BAD: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def score(self, recursion: int, read: tuple[Tensor, ...], number_BA: Tensor) -> Scores:
         if self.training:
-            score_BA = torch.rand(x_BAD.shape[:2], device=x_BAD.device)
+            score_BA = torch.rand(number_BA.shape, device=number_BA.device)
         else:
-            score_BA = hashed_uniform(number_BA, recursion, self.config.router_seed).expand(x_BAD.shape[:2])
+            score_BA = hashed_uniform(number_BA, recursion, self.config.router_seed)
         return Scores(logits_BA=score_BA, decisive_BA=score_BA, gate_BA=self.alpha * score_BA)
 
 
@@ -121,28 +127,46 @@ class FixedRouter(RecursionRouter):
 
     def default_rule(self) -> DecisionRule:
         assert self.config.fixed_depths is not None
-        return FixedDepths(depths=torch.tensor(self.config.fixed_depths, device=self.training_forwards.device))
+        return FixedDepths(depths=self.config.fixed_depths)
 
-    def score(self, recursion: int, x_BAD: Tensor, number_BA: Tensor) -> Scores:
-        logits_BA = self.heads[recursion](self._tempered(x_BAD)).squeeze(-1)
-        number_BA = number_BA.expand(x_BAD.shape[:2])
-        return Scores(logits_BA=logits_BA, decisive_BA=number_BA, gate_BA=self._gate(logits_BA))
+    def trained_rule(self) -> DecisionRule:
+        assert self.config.fixed_depths is not None
+        return FixedDepths(depths=self.config.fixed_depths, from_start=True)
+
+    def read(self, recursion: int, x_BAD: Tensor) -> tuple[Tensor, ...]:
+        return (self.heads[recursion](self._tempered(x_BAD)).squeeze(-1),)
+
+    def score(self, recursion: int, read: tuple[Tensor, ...], number_BA: Tensor) -> Scores:
+        return Scores(logits_BA=read[0], decisive_BA=number_BA, gate_BA=self._gate(read[0]))
 
 
 class FixedDepths:
-    """Rule of the fixed router: the token numbered n takes `depths[n mod len(depths)]` recursions."""
+    """Rule of the fixed router: the token numbered n takes `depths[n mod len(depths)]` recursions.
+
+    `from_start`: every row begins with its token 0, nothing is cached; sizes are then known without reading numbers.
+    """
 
     is_causal = True
 
-    def __init__(self, *, depths: Tensor) -> None:
-        self.depths = depths
+    def __init__(self, *, depths: Sequence[int], from_start: bool = False) -> None:
+        self.depths, self._from_start = depths, from_start
 
     def choose(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, num_tokens: Tensor | int) -> TokenSet:
         """`score_BA`: the tokens' numbers."""
-        if valid_BA is None and bool((self.depths > recursion).all()):
+        if valid_BA is None and min(self.depths) > recursion:
             return TokenSet()
-        keep_BA = self.depths[score_BA % len(self.depths)] > recursion
-        return TokenSet.from_mask(keep_BA if valid_BA is None else keep_BA & valid_BA)
+        keep_BA = on_device(self.depths, score_BA.device)[score_BA % len(self.depths)] > recursion
+        if valid_BA is not None:
+            return TokenSet.from_mask(keep_BA & valid_BA)
+        if not self._from_start or isinstance(num_tokens, Tensor):
+            return TokenSet.from_mask(keep_BA)
+        return TokenSet.from_even_mask(keep_BA, self._count(recursion, num_tokens))
+
+    def _count(self, recursion: int, num_tokens: int) -> int:
+        """How many of the tokens 0..num_tokens - 1 take a recursion."""
+        takes = [depth > recursion for depth in self.depths]
+        rounds, rest = divmod(num_tokens, len(takes))
+        return rounds * sum(takes) + sum(takes[:rest])
 
 
 def hashed_uniform(number_BA: Tensor, recursion: int, seed: int) -> Tensor:

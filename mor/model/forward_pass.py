@@ -14,7 +14,7 @@ from torch import Tensor
 from .attention import AttentionScope, KeysValues
 from .cache import MorCache, Reservation, VirtualSequence
 from .depth_plan import DepthPlan, KvPolicy
-from .earlier_attention import earlier_mask
+from .ranged_attention import KeyRange, document_starts
 from .token_set import TokenSet
 
 Read = Callable[[int], tuple[Tensor, Tensor]]
@@ -115,7 +115,8 @@ class ForwardPass:
     ) -> None:
         self.plan, self.policy, self.tokens, self.number_BT = plan, policy, tokens, number_BT
         self.column_BT = column_BT
-        self._rotary, self._cache, self._document_BT = rotary, cache, document_BT
+        self._rotary, self._cache = rotary, cache
+        self._start_BT = None if document_BT is None else document_starts(document_BT)
         self._remembered = RememberedKeysValues()
 
     @property
@@ -131,37 +132,37 @@ class ForwardPass:
     def _uncached_scope(self, recursion: int | None, active: TokenSet) -> AttentionScope:
         cos_BKE, sin_BKE = (active.gather(t) for t in self._rotary)
         keys_values: KeysValues = OwnKeysValues()
-        mask_BKL = self._document_mask(active, active)
-        place_BK: Tensor | None = None
+        reads_first = recursion not in (None, 0) and self.first_serves_all
         if recursion == 0 and self.first_serves_all:
             keys_values = self._remembered
-        elif recursion is not None and self.first_serves_all:
+        elif reads_first:
             keys_values = SharedKeysValues(self._read_remembered)
             if self.policy == "hybrid":
                 number_BK = active.places(self.number_BT.shape, self.number_BT.device)
                 keys_values = HybridKeysValues(OwnKeysValues(), self._read_remembered, number_BK, active.valid_BK)
-            mask_BKL = self._document_mask(active, TokenSet())
-            if mask_BKL is None and active.index_BK is not None:
-                place_BK = active.index_BK
         return AttentionScope(
-            cos_BKE=cos_BKE, sin_BKE=sin_BKE, keys_values=keys_values, mask_BKL=mask_BKL, place_BK=place_BK
+            cos_BKE=cos_BKE,
+            sin_BKE=sin_BKE,
+            keys_values=keys_values,
+            key_range=self._key_range(active, reads_first),
         )
 
     def _read_remembered(self, layer: int) -> tuple[Tensor, Tensor]:
         return self._remembered.slots[self.plan.first_applications[layer]]
 
-    def _document_mask(self, queries: TokenSet, keys: TokenSet) -> Tensor | None:
-        if self._document_BT is None:
-            return None
-        query_BK, key_BL = (t.places(self.number_BT.shape, self.number_BT.device) for t in (queries, keys))
-        same = queries.gather(self._document_BT)[..., None] == keys.gather(self._document_BT)[:, None]
-        mask_BKL = same & (key_BL[:, None] <= query_BK[..., None])
-        if keys.valid_BK is None:
-            return mask_BKL
-        itself = torch.eye(
-            *mask_BKL.shape[1:], dtype=torch.bool, device=mask_BKL.device
-        )  # absent queries see something
-        return mask_BKL & keys.valid_BK[:, None] | itself
+    def _key_range(self, active: TokenSet, reads_first: bool) -> KeyRange | None:
+        """What `active` tokens see of each other, or of all tokens; None for plain causal order.
+
+        An absent place sees itself at least; whom it sees does not matter, and no real one sees it.
+        """
+        shape, device = self.number_BT.shape, self.number_BT.device
+        if self._start_BT is None:
+            return KeyRange(None, active.index_BK, shape[1]) if reads_first and active.index_BK is not None else None
+        start_BK = active.gather(self._start_BT)
+        if reads_first:
+            return KeyRange(start_BK, active.places(shape, device), shape[1])
+        own_BK = torch.arange(start_BK.shape[1], device=device).expand_as(start_BK)
+        return KeyRange(document_starts(start_BK), own_BK, start_BK.shape[1])
 
     def _cached_scope(self, recursion: int | None, active: TokenSet) -> AttentionScope:
         assert self._cache is not None
@@ -178,7 +179,7 @@ class ForwardPass:
         sees_all = at.place_BK.shape[1] == 1 and at.is_even
         mask_BKL = None
         if not at.is_fresh and not sees_all:
-            mask_BKL = earlier_mask(at.place_BK, at.length)
+            mask_BKL = KeyRange(None, at.place_BK, at.length).mask_BKL
         return AttentionScope(
             cos_BKE=cos_BKE,
             sin_BKE=sin_BKE,
@@ -214,7 +215,7 @@ class ForwardPass:
         """Scope over the first recursion's entries, of which a token sees those numbered up to its own."""
         number_BK = active.gather(self.number_BT)
         number_BK = number_BK if row_index is None else number_BK[row_index]
-        mask_BKL = earlier_mask(number_BK, length)
+        mask_BKL = KeyRange(None, number_BK, length).mask_BKL
         cos_BKE, sin_BKE = self._rotary_rows(active, row_index)
         return AttentionScope(
             cos_BKE=cos_BKE, sin_BKE=sin_BKE, keys_values=keys_values, mask_BKL=mask_BKL, row_index=row_index

@@ -68,19 +68,19 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
 
     def _heads(self, x_BKX: Tensor) -> Tensor:
-        return x_BKX.view(*x_BKX.shape[:2], -1, self.head_dim).transpose(1, 2)
+        return x_BKX.unflatten(-1, (-1, self.head_dim))
 
     def queries(self, x_BKD: Tensor, cos_BKE: Tensor, sin_BKE: Tensor) -> Tensor:
-        """(B, H, K, E), with rotary positions."""
+        """(B, K, H, E), with rotary positions."""
         return rotate(self._heads(self.q_proj(x_BKD)), cos_BKE, sin_BKE)
 
     def keys_values(self, x_BKD: Tensor, cos_BKE: Tensor, sin_BKE: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, G, K, E) each, keys with rotary positions."""
+        """(B, K, G, E) each, keys with rotary positions."""
         return rotate(self._heads(self.k_proj(x_BKD)), cos_BKE, sin_BKE), self._heads(self.v_proj(x_BKD))
 
-    def output(self, out_BHKE: Tensor) -> Tensor:
+    def output(self, out_BKHE: Tensor) -> Tensor:
         """Heads joined and projected back to (B, K, D)."""
-        return self.o_proj(out_BHKE.transpose(1, 2).flatten(2))
+        return self.o_proj(out_BKHE.flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -101,7 +101,8 @@ class MorDecoderLayer(nn.Module):
     """Pre-norm decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x)).
 
     What stands before and after attention is plain tensor arithmetic, whatever the router and the KV policy: training
-    compiles these methods and leaves the choice of keys and values between them to Python.
+    compiles these methods and leaves the choice of keys and values between them to Python. They give and take heads
+    behind tokens, in the order of memory: so do the attention kernels' gradients, which then need no copy.
     """
 
     def __init__(self, config: MorConfig) -> None:
@@ -112,27 +113,29 @@ class MorDecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def before_attention(self, x_BKD: Tensor, cos_BKE: Tensor, sin_BKE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, K, E), keys and values (B, G, K, E)."""
+        """Queries (B, K, H, E), keys and values (B, K, G, E)."""
         x_BKD = self.input_layernorm(x_BKD)
         return self.self_attn.queries(x_BKD, cos_BKE, sin_BKE), *self.self_attn.keys_values(x_BKD, cos_BKE, sin_BKE)
 
     def queries_alone(self, x_BKD: Tensor, cos_BKE: Tensor, sin_BKE: Tensor) -> Tensor:
-        """Queries (B, H, K, E) of a recursion that uses another's keys and values."""
+        """Queries (B, K, H, E) of a recursion that uses another's keys and values."""
         return self.self_attn.queries(self.input_layernorm(x_BKD), cos_BKE, sin_BKE)
 
-    def after_attention(self, x_BKD: Tensor, out_BHKE: Tensor) -> Tensor:
+    def after_attention(self, x_BKD: Tensor, out_BKHE: Tensor) -> Tensor:
         """The layer's output from its input and the heads' outputs."""
-        x_BKD = x_BKD + self.self_attn.output(out_BHKE)
+        x_BKD = x_BKD + self.self_attn.output(out_BKHE)
         return x_BKD + self.mlp(self.post_attention_layernorm(x_BKD))
 
     def forward(self, x_BKD: Tensor, scope: AttentionScope, layer: int) -> Tensor:
         """Apply the layer to the K active tokens, which see what `scope` lets them. `layer`: the layer application."""
         rotary = scope.cos_BKE, scope.sin_BKE
         if scope.keys_values.projects:
-            query_BHKE, *own = self.before_attention(x_BKD, *rotary)
-            key_BGLE, value_BGLE = scope.keys_values(layer, (own[0], own[1]))
+            query_BKHE, *own = self.before_attention(x_BKD, *rotary)
+            key_BGLE, value_BGLE = scope.keys_values(layer, (own[0].transpose(1, 2), own[1].transpose(1, 2)))
         else:
-            query_BHKE = self.queries_alone(x_BKD, *rotary)
+            query_BKHE = self.queries_alone(x_BKD, *rotary)
             key_BGLE, value_BGLE = scope.keys_values(layer, None)
+        query_BHKE = query_BKHE.transpose(1, 2)
         dropout = self.self_attn.dropout if self.training else 0.0
-        return self.after_attention(x_BKD, attend(query_BHKE, key_BGLE, value_BGLE, scope, dropout))
+        out_BHKE = attend(query_BHKE, key_BGLE, value_BGLE, scope, dropout)
+        return self.after_attention(x_BKD, out_BHKE.transpose(1, 2))

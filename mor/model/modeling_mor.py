@@ -74,7 +74,7 @@ class MorForCausalLM(MorPreTrainedModel, GenerationMixin):
             labels: (B, S) token ids to predict, shifted inside; -100 is ignored.
             decision: `causal` (default outside training) or `top_k`, which looks into the future.
             mean_depth: budget in block applications per token, a number or (B,); needs a calibrated model.
-            document_ids: (B, S) integers; attention stays among equal ones.
+            document_ids: (B, S) integers; attention stays inside a run of equal ones.
             num_items_in_batch: labels in the whole optimizer step. The loss is then a sum over it, and router losses
                 are weighted by this forward's share of the labels, so that micro-batches add up.
             lm_loss: computes the loss of `labels` from hidden states; the logits are then not made, and None.

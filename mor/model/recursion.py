@@ -20,7 +20,7 @@ from .decision import DecisionRule
 from .forward_pass import ForwardPass
 from .layers import MorDecoderLayer
 from .routers import build_router
-from .routing import Choice, RecursionTrace, Route, RoutingInput
+from .routing import Choice, RecursionTrace, Route, RoutingInput, Visit
 from .token_set import TokenSet
 
 
@@ -109,9 +109,8 @@ class Recursion(nn.Module):
             return active, x_BKD
         else:
             y_BKD = self._apply_block(recursion, x_BKD, active, current)
-        delta_BKD, x_BKD = route.merge(recursion, x_BKD, y_BKD, choice.gate_BK, active)
-        whole = active.is_everything and route.carries_stream
-        output.x_BTD = x_BKD if whole else active.add(output.x_BTD, delta_BKD)
+        visit = Visit(x_BKD=x_BKD, y_BKD=y_BKD, gate_BK=choice.gate_BK, active=active)
+        output.x_BTD, x_BKD = route.merge(recursion, output.x_BTD, visit)
         output.depth_BT = active.add(output.depth_BT, torch.ones_like(choice.gate_BK, dtype=output.depth_BT.dtype))
         return active, x_BKD
 

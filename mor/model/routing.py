@@ -62,6 +62,16 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Visit:
+    """The block's input and output at one recursion (B, K, D), the gates (B, K), and which of all tokens took it."""
+
+    x_BKD: Tensor
+    y_BKD: Tensor
+    gate_BK: Tensor
+    active: TokenSet
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoutingInput:
     """What a router may look at: the residual stream entering the recursions, which tokens are real, and each token's
     number among its row's real tokens (earlier forwards included)."""
@@ -78,20 +88,16 @@ class RoutingInput:
 
 
 class Route(Protocol):
-    """One forward's routing, recursion by recursion. `carries_stream`: whether a recursion's input is the residual
-    stream itself, so that with every token active the two are one tensor."""
+    """One forward's routing, recursion by recursion."""
 
     losses: dict[str, Tensor]
-    carries_stream: bool
 
     def choose(self, recursion: int, x_BAD: Tensor, alive: TokenSet) -> Choice:
         """Score the alive tokens and choose those that take this recursion."""
         ...
 
-    def merge(
-        self, recursion: int, x_BKD: Tensor, y_BKD: Tensor, gate_BK: Tensor, active: TokenSet
-    ) -> tuple[Tensor, Tensor]:
-        """From the block's input and output: what to add to the residual stream, and the next recursion's input."""
+    def merge(self, recursion: int, stream_BTD: Tensor, visit: Visit) -> tuple[Tensor, Tensor]:
+        """The residual stream after a recursion, and the next recursion's input (B, K, D)."""
         ...
 
 
@@ -112,8 +118,16 @@ class ScoreHead(nn.Sequential):
         with torch.autocast(x_BAD.device.type, enabled=False):
             x = x_BAD.float()
             for module in self:
-                x = F.linear(x, module.weight.float()) if isinstance(module, nn.Linear) else module(x)
+                x = _project(x, module.weight.float()) if isinstance(module, nn.Linear) else module(x)
             return x
+
+
+def _project(x_BAD: Tensor, weight_ED: Tensor) -> Tensor:
+    """`F.linear`; to a few outputs as sums of products, which compiled code fuses with what made `x`, without a float32
+    copy of it, and which do not depend on the number of tokens."""
+    if len(weight_ED) > 8:
+        return F.linear(x_BAD, weight_ED)
+    return torch.stack([(x_BAD * weight_D).sum(-1) for weight_D in weight_ED], dim=-1)
 
 
 _GATES = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
@@ -270,9 +284,23 @@ class RecursionRouter(Router):
     def extreme_thresholds(self, depth: int) -> list[float]:
         return [-math.inf if r < depth else math.inf for r in range(self.num_recursions)]
 
-    def score(self, recursion: int, x_BAD: Tensor, number_BA: Tensor) -> Scores:
-        """Score the tokens alive before a recursion; `number_BA` is each token's number in its row."""
+    def read(self, recursion: int, x_BAD: Tensor) -> tuple[Tensor, ...]:
+        """What the scores before a recursion take from the tokens alive there, (B, A) each."""
         raise NotImplementedError
+
+    def score(self, recursion: int, read: tuple[Tensor, ...], number_BA: Tensor) -> Scores:
+        """Scores from what was read; `number_BA` is each token's number in its row."""
+        raise NotImplementedError
+
+    def advance(
+        self, recursion: int, x_BKD: Tensor, y_BKD: Tensor, gate_BK: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The stream after a recursion, and what the next one's scores read from it: one pass over the tokens."""
+        if self.config.gating == "weighted":
+            y_BKD = y_BKD * gate_BK[..., None].to(y_BKD.dtype)
+        x_BKD = x_BKD + y_BKD
+        following = recursion + 1
+        return x_BKD, self.read(following, x_BKD) if following < self.num_recursions else ()
 
     def losses(self, scores: Scores, kept_BA: Tensor, valid_BA: Tensor | None) -> dict[str, Tensor]:
         """Unweighted losses of one recursion, in training."""
@@ -293,10 +321,12 @@ class RecursionRoute:
     router: RecursionRouter
     inputs: RoutingInput
     losses: dict[str, Tensor] = field(default_factory=dict)
-    carries_stream: bool = True
+    _read: tuple[Tensor, ...] = ()
 
     def choose(self, recursion: int, x_BAD: Tensor, alive: TokenSet) -> Choice:
-        scores = self.router.score(recursion, x_BAD, alive.gather(self.inputs.number_BT))
+        if recursion == 0:
+            self._read = self.router.read(0, x_BAD)
+        scores = self.router.score(recursion, self._read, alive.gather(self.inputs.number_BT))
         rule = self.inputs.rule
         compared_BA = scores.logits_BA if isinstance(rule, TopK) else scores.decisive_BA
         chosen = rule.choose(recursion, compared_BA.detach(), alive.valid_BK, self.inputs.num_tokens)
@@ -309,13 +339,9 @@ class RecursionRoute:
         for name, loss in self.router.losses(scores, kept_BA, valid_BA).items():
             self.losses[name] = self.losses[name] + loss if name in self.losses else loss
 
-    def merge(
-        self, recursion: int, x_BKD: Tensor, y_BKD: Tensor, gate_BK: Tensor, active: TokenSet
-    ) -> tuple[Tensor, Tensor]:
-        delta_BKD = y_BKD
-        if self.router.config.gating == "weighted":
-            delta_BKD = y_BKD * gate_BK[..., None].to(y_BKD.dtype)
-        return delta_BKD, x_BKD + delta_BKD
+    def merge(self, recursion: int, stream_BTD: Tensor, visit: Visit) -> tuple[Tensor, Tensor]:
+        x_BKD, self._read = self.router.advance(recursion, visit.x_BKD, visit.y_BKD, visit.gate_BK)
+        return visit.active.put(stream_BTD, x_BKD), x_BKD
 
 
 def _forget_count(router: Router, _: object) -> None:

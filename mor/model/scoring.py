@@ -24,6 +24,11 @@ class TokenScores:
     counted_BT: Tensor
 
 
+def number_documents(input_ids_BT: Tensor, end_of_text: int) -> Tensor:
+    """(B, T) the documents of each row, numbered from 0; a document ends with its end-of-text token."""
+    return F.pad((input_ids_BT[:, :-1] == end_of_text).cumsum(1), (1, 0))
+
+
 @torch.no_grad()
 def score_tokens(
     model: MorForCausalLM,
@@ -32,10 +37,12 @@ def score_tokens(
     decision: str = "causal",
     mean_depth: float | Tensor | None = None,
     attention_mask: Tensor | None = None,
+    end_of_text: int | None = None,
 ) -> TokenScores:
     """Score rows of token ids under a named decision rule, with the model in evaluation mode.
 
-    A model without a router has one rule; for it `decision` must be `causal` and `mean_depth` None.
+    A model without a router has one rule; for it `decision` must be `causal` and `mean_depth` None. With `end_of_text`
+    attention stays inside documents, which end with that token.
     """
     was_training = model.training
     model.eval()
@@ -46,6 +53,7 @@ def score_tokens(
             use_cache=False,
             decision=decision,
             mean_depth=mean_depth,
+            document_ids=None if end_of_text is None else number_documents(input_ids_BT, end_of_text),
         )
     finally:
         model.train(was_training)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .configuration_mor import MorConfig
 from .decision import CalibrationRule, DecisionRule
 from .router_losses import balancing_loss, depth_load, z_loss
-from .routing import Choice, Route, Router, RoutingInput, ScoreHead, Scores
+from .routing import Choice, Route, Router, RoutingInput, ScoreHead, Scores, Visit
 from .token_set import HostCounts, TokenSet
 
 _ROUNDING = 64  # sizes in a few steps: compiled code and attention kernels like them
@@ -114,8 +114,12 @@ class TokenChoiceRouter(Router):
         self.load_bias.zero_()
         return DepthRule(bias=torch.tensor(self.extreme_thresholds(self.num_recursions), device=self.load_bias.device))
 
+    def read(self, x_BTD: Tensor) -> Tensor:
+        """Logits (B, T, R)."""
+        return self.head(self._tempered(x_BTD))  # type: ignore[no-any-return]
+
     def begin(self, inputs: RoutingInput) -> Route:
-        logits_BTR = self.head(self._tempered(inputs.x_BTD))
+        logits_BTR = self.read(inputs.x_BTD)
         activate = torch.sigmoid if self.config.router_activation == "sigmoid" else lambda z: z.softmax(dim=-1)
         score_BTR = self.alpha * activate(logits_BTR)
         assert isinstance(inputs.rule, DepthRule)
@@ -161,7 +165,6 @@ class TokenRoute:
     gate_BT: Tensor
     logits_BTR: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
-    carries_stream: bool = False
 
     def __post_init__(self) -> None:
         """Send the sizes of all recursions to the host while the first one runs."""
@@ -188,10 +191,9 @@ class TokenRoute:
         step = _ROUNDING if self.router.training else 1
         return min(most, -(-self._counts[recursion] // step) * step)
 
-    def merge(
-        self, recursion: int, x_BKD: Tensor, y_BKD: Tensor, gate_BK: Tensor, active: TokenSet
-    ) -> tuple[Tensor, Tensor]:
-        weight_BK = gate_BK if self.router.config.gating == "weighted" else torch.ones_like(gate_BK)
-        finished_BK = active.gather(self.depth_BT) == recursion
+    def merge(self, recursion: int, stream_BTD: Tensor, visit: Visit) -> tuple[Tensor, Tensor]:
+        weight_BK = visit.gate_BK if self.router.config.gating == "weighted" else torch.ones_like(visit.gate_BK)
+        finished_BK = visit.active.gather(self.depth_BT) == recursion
         weight_BK = torch.where(finished_BK, weight_BK, torch.zeros_like(weight_BK))
-        return y_BKD * weight_BK[..., None].to(y_BKD.dtype), y_BKD
+        delta_BKD = visit.y_BKD * weight_BK[..., None].to(visit.y_BKD.dtype)
+        return visit.active.add(stream_BTD, delta_BKD), visit.y_BKD

@@ -8,7 +8,9 @@ no mask: a real member never sees an absent one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,28 @@ class HostCounts:
         if self._arrived is not None:
             self._arrived.synchronize()
         return int(self._counts[index])
+
+
+def on_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """Small integers as a tensor on `device`, which is not waited for."""
+    tensor = torch.tensor(values, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
+
+
+class _Gather(torch.autograd.Function):
+    """`x.gather(1, index)` for an index without repetition along dimension 1. Unlike torch's own it does not keep `x`
+    for the backward pass, and its gradient is a plain scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.gather(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return gradient[0].new_zeros(ctx.shape).scatter_(1, index, gradient[0]), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +93,13 @@ class TokenSet:
         return cls(index_BK=index_BK, valid_BK=valid_BK)
 
     @classmethod
+    def from_even_mask(cls, member_BT: Tensor, size: int) -> TokenSet:
+        """The tokens where `member_BT` is true: `size` in every row, so that no place is empty."""
+        if size == member_BT.shape[1]:
+            return cls()
+        return cls(index_BK=cls.from_mask(member_BT, size).index_BK)
+
+    @classmethod
     def top(cls, score_BT: Tensor, size: int) -> TokenSet:
         """The `size` best-scored tokens of each row, in causal order; all rows have as many."""
         if size == score_BT.shape[1]:
@@ -94,9 +125,8 @@ class TokenSet:
             return x_BTX
         if x_BTX.shape[0] == 1 and self.index_BK.shape[0] > 1:
             return x_BTX[0][self.index_BK]
-        if x_BTX.dim() == 2:
-            return x_BTX.gather(1, self.index_BK)
-        return x_BTX.gather(1, self.index_BK[..., None].expand(-1, -1, x_BTX.shape[-1]))
+        index = self.index_BK if x_BTX.dim() == 2 else self.index_BK[..., None].expand(-1, -1, x_BTX.shape[-1])
+        return _Gather.apply(x_BTX, index)  # type: ignore[no-any-return]
 
     def add(self, x_BTX: Tensor, delta_BKX: Tensor) -> Tensor:
         """`x` with `delta` added at the members; absent places add nothing."""
@@ -107,6 +137,16 @@ class TokenSet:
             return x_BTX + delta_BKX
         index = self.index_BK if delta_BKX.dim() == 2 else self.index_BK[..., None].expand_as(delta_BKX)
         return x_BTX.scatter_add(1, index, delta_BKX.to(x_BTX.dtype))
+
+    def put(self, x_BTX: Tensor, new_BKX: Tensor) -> Tensor:
+        """`x` (B, T, D) with the members' entries replaced; absent places replace nothing."""
+        if self.is_everything:
+            return new_BKX
+        if self.valid_BK is not None:
+            new_BKX = torch.where(self.valid_BK[..., None], new_BKX, self.gather(x_BTX))
+        if self.index_BK is None:
+            return new_BKX
+        return x_BTX.scatter(1, self.index_BK[..., None].expand_as(new_BKX), new_BKX)
 
     def spread(self, x_BKX: Tensor, num_tokens: int) -> Tensor:
         """Members' entries put back into a zero (B, T, ...) tensor."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 from mor.show.numbers import compact, percent, ticks
-from mor.show.palette import ARM_DASHES
+from mor.show.palette import arm_class, arm_dash
 
 Point = tuple[float, float]
 
@@ -58,7 +58,7 @@ def line_chart(
     points = [point for line in series for point in line.points]
     if not points:
         raise ValueError(f"the figure {title!r} has no points")
-    frame = Frame(width=width, height=height, x_range=_padded([x for x, _ in points], 0.0), y_range=_band(series))
+    frame = Frame(width=width, height=height, x_range=_padded([x for x, _ in points], 0.0), y_range=y_band(series))
     lines = "".join(_line(frame, line) for line in reversed(series))
     return _svg(frame, title, _axes(frame, x_label, y_label) + lines)
 
@@ -110,8 +110,8 @@ def score_chart(
 def legend(names: Sequence[str]) -> str:
     """The key of a line chart as HTML: a line sample in each arm's colour and dash, then its name."""
     samples = "".join(
-        f'<span class="key"><svg width="30" height="10" aria-hidden="true"><path class="line arm-{index}" d="M1 5H29"'
-        f"{_dash(index)}/></svg>{escape(name)}</span>"
+        f'<span class="key"><svg width="30" height="10" aria-hidden="true">'
+        f'<path class="line {arm_class(index)}" d="M1 5H29"{_dash(index)}/></svg>{escape(name)}</span>'
         for index, name in enumerate(names)
     )
     return f'<p class="keys">{samples}</p>'
@@ -162,17 +162,17 @@ def _line(frame: Frame, series: Series) -> str:
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     thin = " thin" if series.thin else ""
     dash = "" if series.thin else _dash(series.arm)
-    parts = [f'<path class="line arm-{series.arm}{thin}" d="{path}"{dash}/>']
+    parts = [f'<path class="line {arm_class(series.arm)}{thin}" d="{path}"{dash}/>']
     if series.dots:
         parts += [
-            f'<circle class="dot arm-{series.arm}" cx="{px:.1f}" cy="{py:.1f}" r="3.5">'
+            f'<circle class="dot {arm_class(series.arm)}" cx="{px:.1f}" cy="{py:.1f}" r="3.5">'
             f"<title>{escape(series.name)}: {compact(y)} at {compact(x)}</title></circle>"
             for (px, py), (x, y) in zip(places, points, strict=True)
         ]
     return "".join(parts)
 
 
-def _band(series: Sequence[Series]) -> Point:
+def y_band(series: Sequence[Series]) -> Point:
     """The y range. Long lines are taken without their first steep fall, which would flatten all the rest; what lies
     above the range is not drawn."""
     return _padded([y for line in series for _, y in line.points[len(line.points) // 20 :]], 0.05)
@@ -189,7 +189,7 @@ def _share(value: float, bounds: Point) -> float:
 
 
 def _dash(arm: int) -> str:
-    dash = ARM_DASHES[arm % len(ARM_DASHES)]
+    dash = arm_dash(arm)
     return f' stroke-dasharray="{dash}"' if dash else ""
 
 

@@ -20,8 +20,8 @@ DEPTH_ANCHORS: dict[Theme, tuple[str, ...]] = {
     "dark": ("#24394e", "#245c58", "#a67c1b", "#e3823f", "#ff9abf"),
 }
 ARM_COLORS: dict[Theme, tuple[str, ...]] = {
-    "light": ("#5b4bd6", "#5f6772", "#0b7f66", "#a0522d"),
-    "dark": ("#a79cff", "#a9b1bd", "#3fc6a4", "#e0a07a"),
+    "light": ("#5b4bd6", "#5f6772", "#0b7f66", "#a0522d", "#c2255c", "#1971c2", "#7a6a00", "#111827"),
+    "dark": ("#a79cff", "#a9b1bd", "#3fc6a4", "#e0a07a", "#ff8fb1", "#6db8ff", "#d4c04a", "#f1f3f5"),
 }
 ARM_DASHES: tuple[str, ...] = ("", "7 4", "2 4", "10 3 2 3")
 
@@ -47,8 +47,18 @@ def depth_swatches(num_depths: int, theme: Theme = "light") -> tuple[Swatch, ...
 
 
 def arm_color(index: int, theme: Theme = "light") -> str:
-    """Line colour of the compared model number `index`; colours repeat after four, as do `ARM_DASHES`."""
+    """Line colour of the compared model number `index`; colours repeat after eight."""
     return ARM_COLORS[theme][index % len(ARM_COLORS[theme])]
+
+
+def arm_dash(index: int) -> str:
+    """Its dashes as SVG writes them; four kinds, shifted when colours repeat, so that 32 models can be told apart."""
+    return ARM_DASHES[(index + index // len(ARM_COLORS["light"])) % len(ARM_DASHES)]
+
+
+def arm_class(index: int) -> str:
+    """The class of its marks in a page, which the style sheet colours."""
+    return f"arm-{index % len(ARM_COLORS['light'])}"
 
 
 def readable_ink(fill: str) -> str:

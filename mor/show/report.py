@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
 from mor.files import write_text
 from mor.show import figures
-from mor.show.comparison import COLUMNS, Arm, Cell, cells
+from mor.show.comparison import COLUMNS, Arm, cells
 from mor.show.figures import Series
 from mor.show.numbers import compact, percent
-from mor.show.page import html_page
+from mor.show.page import both_widths, cell, curves_figure, html_page, section
 from mor.show.tokens import TokenView, mean_depth, visible
-
-WIDE, NARROW = 710, 316  # pixels: the card on a desktop, and on a phone of 375
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,7 @@ def _text_section(report: Report) -> str:
     )
     mean = mean_depth(report.tokens)
     spans = "".join(_token_span(view) for view in report.tokens)
-    return _section(
+    return section(
         "A text, token by token",
         f"{report.text_note} The colour of a token is its recursion depth; point at one, or tap it, for its depth and "
         "its probability.",
@@ -135,11 +133,11 @@ def _comparison_section(report: Report) -> str:
     grid = cells(report.arms, baseline=report.baseline)
     rows = "".join(
         f"<tr><th>{escape(column.header)}<small>{escape(column.unit)}</small></th>"
-        f"{''.join(_cell(row[index]) for row in grid)}</tr>"
+        f"{''.join(cell(row[index]) for row in grid)}</tr>"
         for index, column in enumerate(COLUMNS)
     )
     base = next(arm for arm in report.arms if arm.name == report.baseline)
-    return _section(
+    return section(
         "Beside its twins",
         "Trained with the same FLOPs on the same text, with the same settings, once: a demonstration, not a benchmark. "
         "Quality is measured on held-out text and is causal: no token is predicted with knowledge of what follows it. "
@@ -148,28 +146,16 @@ def _comparison_section(report: Report) -> str:
     )
 
 
-def _cell(cell: Cell) -> str:
-    value = f'<span class="best">{escape(cell.text)}</span>' if cell.best else escape(cell.text)
-    small = "".join(f"<small>{escape(note)}</small>" for note in (cell.error, cell.relative) if note)
-    return f"<td>{value}{small}</td>"
-
-
-def _section(heading: str, note: str, content: str) -> str:
-    return f'<section><h2>{escape(heading)}</h2><p class="note">{escape(note)}</p>{content}</section>'
-
-
-def _both_widths(draw: Callable[[int], str]) -> str:
-    return f'<div class="wide">{draw(WIDE)}</div><div class="narrow">{draw(NARROW)}</div>'
-
-
 def _curves_section(arms: Sequence[Arm]) -> str:
     validation = [Series(name=a.title, points=tuple(a.validation_curve), arm=i, dots=True) for i, a in enumerate(arms)]
     training = [Series(name=a.title, points=tuple(a.training_curve), arm=i, thin=True) for i, a in enumerate(arms)]
-    charts = _chart(validation, "Causal loss on held-out text", "bits per byte")
-    charts += _chart(training, "Training loss", "nats per token")
+    charts = curves_figure(
+        validation, title="Causal loss on held-out text", unit="bits per byte", x_label="training FLOPs"
+    )
+    charts += curves_figure(training, title="Training loss", unit="nats per token", x_label="training FLOPs")
     if not charts:
         return ""
-    return _section(
+    return section(
         "Loss curves",
         "Against the FLOPs spent on training. Expert-choice routers train on top-k choices, which look at the whole "
         "sequence: the training losses of such a model are not comparable with the others, the held-out ones are.",
@@ -177,25 +163,13 @@ def _curves_section(arms: Sequence[Arm]) -> str:
     )
 
 
-def _chart(series: Sequence[Series], title: str, unit: str) -> str:
-    if not any(line.points for line in series):
-        return ""
-
-    def draw(width: int) -> str:
-        height = 300 if width == WIDE else 250
-        labels = {"x_label": "training FLOPs", "y_label": f"{title} ({unit})"}
-        return figures.line_chart(series, title=title, width=width, height=height, **labels)
-
-    return _both_widths(draw)
-
-
 def _depth_section(counts: Sequence[int]) -> str:
     if not sum(counts):
         return ""
-    return _section(
+    return section(
         "How deep tokens go",
         "Share of held-out tokens by the number of times the block was applied to them.",
-        _both_widths(lambda width: figures.bar_chart(counts, title="Depths of held-out tokens", width=width)),
+        both_widths(lambda width: figures.bar_chart(counts, title="Depths of held-out tokens", width=width)),
     )
 
 
@@ -203,11 +177,11 @@ def _score_section(report: Report) -> str:
     if not report.score_bins:
         return ""
     bins, thresholds = report.score_bins, report.thresholds
-    return _section(
+    return section(
         "What the router says",
         "Scores of held-out tokens before each recursion, and the threshold above which a token goes on. Two separate "
         "heaps are a router that has made up its mind.",
-        _both_widths(lambda width: figures.score_chart(bins, thresholds, title="Router scores", width=width)),
+        both_widths(lambda width: figures.score_chart(bins, thresholds, title="Router scores", width=width)),
     )
 
 
@@ -228,7 +202,7 @@ def _budget_section(budgets: Sequence[BudgetPoint]) -> str:
         ("KV bytes", "per token"),
     )
     head = "".join(f"<th>{name}<small>{unit}</small></th>" for name, unit in titles)
-    return _section(
+    return section(
         "The same weights at other budgets",
         "After calibration a caller may ask for any mean depth; the router then picks the tokens that get more.",
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>',

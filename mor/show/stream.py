@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor.data.pieces import PieceDecoder
 from mor.model.modeling_mor import MorForCausalLM
-from mor.show.tokens import PieceDecoder, TokenView
+from mor.show.tokens import TokenView
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Tables for a terminal: the comparison of models, measured quality, recipes, and token shards."""
+"""Tables for a terminal: the comparison of models and of runs, measured quality, recipes, and token shards."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from mor.evaluate.perplexity import Quality
 from mor.recipes import RecipeSummary
 from mor.show.comparison import COLUMNS, Arm, Cell, cells
 from mor.show.numbers import compact, count
+from mor.show.plot import mark
+from mor.show.runs import RUN_COLUMNS, Run, run_cells
 
 
 def comparison_table(arms: Sequence[Arm], *, baseline: str) -> Table:
@@ -40,6 +42,17 @@ def quality_table(results: Sequence[Quality]) -> Table:
             compact(quality.kv_bytes_per_token),
         )
     table.caption = "asked, depth: block applications per token; FLOPs (forward) and KV bytes (bf16) per token."
+    return table
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """One row per run: how far it is, its newest held-out scores, speed and memory. The best of a column is bold."""
+    shown = [number for number, column in enumerate(RUN_COLUMNS) if not column.only_on_page]
+    table = _table("", *(RUN_COLUMNS[number].header for number in shown))
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    for index, (run, row) in enumerate(zip(runs, run_cells(runs), strict=True)):
+        table.add_row(mark(index).append(f" {run.name}", "default"), *(_cell_text(row[number]) for number in shown))
+    table.caption = "NLL (nats), bits/byte, depth: newest, causal.\ntok/s, MFU: medians; GiB: peak memory."
     return table
 
 

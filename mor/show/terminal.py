@@ -1,4 +1,4 @@
-"""Token depths and small charts for a terminal."""
+"""Token depths, small charts and curves of runs for a terminal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from rich.style import Style
 from rich.text import Text
 
 from mor.evaluate.routing_report import RecursionScores
+from mor.show.figures import Series
 from mor.show.numbers import percent
 from mor.show.palette import depth_swatches
+from mor.show.plot import line_plot
 from mor.show.tokens import TokenView, mean_depth, subscript, visible
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -149,3 +151,10 @@ def print_reading(
     if recursions:
         console.print()
         console.print(score_histograms(recursions))
+
+
+def print_curves(series: Sequence[Series], *, title: str, x_label: str, console: Console) -> None:
+    """Print a plot of the lines as wide as the terminal, up to 100 columns; nothing when there is none to draw."""
+    if any(line.points for line in series):
+        width = min(100, console.width)
+        console.print(line_plot(series, title=title, x_label=x_label, width=width), soft_wrap=True)

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mor.files import new_folder, remove_folder, remove_leftovers
-from mor.train.quiet import without_progress_bars
+from mor.quiet import without_progress_bars
 from mor.train.ranks import OtherRankError, Ranks
 from mor.train.stored_tensors import StoredTensors
 

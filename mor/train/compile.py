@@ -7,20 +7,31 @@ Routing, gathering and the choice of keys and values stay in Python: they launch
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+import torch._dynamo.config as dynamo
+import torch._functorch.config as partitioning
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
+from mor.model.backbone import MorModel
 from mor.model.configuration_mor import MorConfig
 from mor.model.layers import MorDecoderLayer
 from mor.model.modeling_mor import MorForCausalLM
-from mor.model.routing import ScoreHead
+from mor.model.routing import RecursionRouter
+from mor.model.token_choice import TokenChoiceRouter
 
 COMPILED: dict[type[nn.Module], tuple[str, ...]] = {
+    MorModel: ("normed",),
     MorDecoderLayer: ("before_attention", "queries_alone", "after_attention"),
-    ScoreHead: ("forward",),
+    RecursionRouter: ("read", "advance"),
+    TokenChoiceRouter: ("read",),
 }
+NUMBERS_OF_TOKENS = 64  # that one function may be compiled for in a process, which may train several models
+# What the layers around keep anyway is all that these need to run again in the backward pass.
+RECOMPUTED = ("advance",)
 
 
 def compile_layers(model: MorForCausalLM) -> None:
@@ -30,9 +41,11 @@ def compile_layers(model: MorForCausalLM) -> None:
     compiled for any number of tokens.
     """
     dynamic = has_varying_sets(model.config)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, NUMBERS_OF_TOKENS)
     for module in model.modules():
-        for name in COMPILED.get(type(module), ()):
-            setattr(module, name, _in_training(module, getattr(module, name), dynamic))
+        for kind, names in COMPILED.items():
+            for name in names if isinstance(module, kind) else ():
+                setattr(module, name, _in_training(module, name, dynamic))
 
 
 def has_varying_sets(config: MorConfig) -> bool:
@@ -40,10 +53,24 @@ def has_varying_sets(config: MorConfig) -> bool:
     return config.router == "token_choice" or config.capacity_warmup_steps > 0
 
 
-def _in_training(module: nn.Module, plain: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
-    compiled = torch.compile(plain, fullgraph=True, dynamic=dynamic)
+def _in_training(module: nn.Module, name: str, dynamic: bool) -> Callable[..., Any]:
+    plain = trained = getattr(module, name)
+    if name in RECOMPUTED:
+        trained = partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False)
+    compiled = torch.compile(trained, fullgraph=True, dynamic=dynamic, backend=_compile_sparing)
 
     def call(*args: Any) -> Any:
         return (compiled if module.training else plain)(*args)
 
     return call
+
+
+def _compile_sparing(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    """Inductor, told to compute element-wise results again in the backward pass even where a product then reads them.
+
+    Normed inputs and the feed-forward's gated values are nearly a third of a layer's activations, and cost one more write.
+    """
+    from torch._inductor.compile_fx import compile_fx  # loads the compiler, which only training on CUDA needs
+
+    with partitioning.patch(ban_recompute_materialized_backward=False):
+        return compile_fx(graph, inputs)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per line, in the order of steps, each step once whatever was killed and resumed."""
+"""metrics.jsonl and spikes.jsonl: one JSON object per line, in the order of steps, none twice whatever was resumed."""
 
 from __future__ import annotations
 
@@ -14,32 +14,30 @@ class Journal:
     """The measurements of a run. A line is written at once and handed to the operating system."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line; `record` has a `step` and finite numbers. OSError, and no half line, when the disk is full."""
         line = json.dumps(record, allow_nan=False) + "\n"
-        size = self._path.stat().st_size if self._path.exists() else 0
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            os.truncate(self._path, size)
-            raise OSError(
-                error.errno, f"{error.strerror}: {self._path} could not take the line of this step"
-            ) from error
+            os.truncate(self.path, size)
+            raise OSError(error.errno, f"{error.strerror}: {self.path} could not take the line of this step") from error
 
     def sync(self) -> None:
         """Wait until all lines are on the disk, as a checkpoint needs that will not write them again."""
-        if self._path.exists():
-            with self._path.open("a", encoding="utf-8") as file:
+        if self.path.exists():
+            with self.path.open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
 
     def rewind(self, step: int) -> None:
         """Drop what a killed process wrote after `step`, a half-written last line included."""
-        if self._path.exists():
-            kept = [json.dumps(record) + "\n" for record in read_journal(self._path) if record["step"] <= step]
-            write_text(self._path, "".join(kept))
+        if self.path.exists():
+            kept = [json.dumps(record) + "\n" for record in read_journal(self.path) if record["step"] <= step]
+            write_text(self.path, "".join(kept))
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

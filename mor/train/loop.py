@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,19 +16,22 @@ from torch import Tensor
 
 from mor.files import new_folder, write_json
 from mor.model.cost import count_parameters
+from mor.quiet import without_progress_bars
 from mor.train import checkpoint, sharded_checkpoint
 from mor.train.checkpoint_writer import CheckpointWriter
 from mor.train.interrupt import Interrupt
 from mor.train.options import RunOptions
+from mor.train.pace import Pace, training_flops_per_token
 from mor.train.progress import ProgressReporter, SilentProgress, progress_for
-from mor.train.quiet import without_progress_bars
 from mor.train.ranks import Ranks, Vote, join, was_restarted
 from mor.train.run_folder import RunFolder
 from mor.train.schedule import build_schedule
 from mor.train.setup import build_run, default_budget
 from mor.train.sharded_tensor import local_rows
+from mor.train.spikes import SpikeError, describe, find_spikes
 from mor.train.state import TrainingState
 from mor.train.step import optimizer_step
+from mor.train.trackers import Tracker, check_trackers, open_trackers
 from mor.train.validation import Validator
 
 
@@ -63,8 +67,8 @@ def train(options: RunOptions, *, resume: bool = False, progress: ProgressReport
     bit for bit as if it had never stopped. Without a checkpoint to resume it starts anew, with a warning. SIGTERM and
     SIGINT finish the step, write a checkpoint and return `interrupted=True`.
 
-    Raises ValueError for options that do not fit, CheckpointError when checkpoints cannot be written or read, and
-    NonFiniteLossError when training diverges.
+    Raises ValueError for options that do not fit, CheckpointError when checkpoints cannot be written or read,
+    NonFiniteLossError when training diverges, and SpikeError at a spike if `stop_at_spike`.
     """
     with join(options.training.device) as ranks:
         return _train(options, resume or was_restarted(), progress, ranks)
@@ -72,6 +76,7 @@ def train(options: RunOptions, *, resume: bool = False, progress: ProgressReport
 
 def _train(options: RunOptions, resume: bool, progress: ProgressReporter | None, ranks: Ranks) -> TrainResult:
     folder = RunFolder(options.output)
+    ranks.first(partial(check_trackers, options.training.trackers))
     found = _find_checkpoint(folder, resume, ranks)
     state, validator = build_run(options, found, ranks=ranks)
     ranks.first(lambda: _claim(folder, state))
@@ -81,12 +86,20 @@ def _train(options: RunOptions, resume: bool, progress: ProgressReporter | None,
         progress = progress_for()
     if found is not None:
         progress.note(f"resuming from {found.folder}")
-    return Trainer(state=state, validator=validator, folder=folder, progress=progress).run()
+    trackers: list[Tracker] = []
+    ranks.first(lambda: trackers.extend(open_trackers(options, folder.path, state.step)))
+    trainer = Trainer(state=state, validator=validator, folder=folder, progress=progress, trackers=trackers)
+    try:
+        return trainer.run()
+    finally:
+        for tracker in trackers:
+            tracker.close()
 
 
 def _claim(folder: RunFolder, state: TrainingState) -> None:
     folder.claim(state.options)
     folder.journal.rewind(state.step)
+    folder.spikes.rewind(state.judged)
 
 
 def _find_checkpoint(folder: RunFolder, resume: bool, ranks: Ranks) -> checkpoint.Checkpoint | None:
@@ -107,9 +120,16 @@ class Trainer:
     """Takes a state to its last step."""
 
     def __init__(
-        self, *, state: TrainingState, validator: Validator, folder: RunFolder, progress: ProgressReporter
+        self,
+        *,
+        state: TrainingState,
+        validator: Validator,
+        folder: RunFolder,
+        progress: ProgressReporter,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self._state, self._validator, self._folder, self._progress = state, validator, folder, progress
+        self._trackers = trackers
         self._options = state.options.training
         self._schedule = build_schedule(state.options)
         self._ranks = state.parallel.ranks
@@ -120,8 +140,7 @@ class Trainer:
             asynchronous=self._options.asynchronous_checkpoints,
         )
         self._saved_step = state.step or None
-        self._window_seconds = 0.0
-        self._window_tokens = 0
+        self._pace = Pace(state.device, state.dtype, self._ranks)
 
     def run(self) -> TrainResult:
         """Train to the end, or until interrupted."""
@@ -135,6 +154,7 @@ class Trainer:
                     self._step()
                 vote.close()
                 if state.step < steps:
+                    self._check_before_leaving()
                     self._save()
                     self._checkpoints.wait()
                     return self._result(interrupted=True, signal=interrupt.number)
@@ -156,8 +176,7 @@ class Trainer:
         if logs or evaluates or saves:
             self._check_measurements()  # waits for the device, so the time below is the step's
         elapsed = time.perf_counter() - start
-        self._window_seconds += elapsed
-        self._window_tokens += self._options.tokens_per_step
+        self._pace.add(elapsed, self._options.tokens_per_step)
         state.seconds += elapsed
         if evaluates or saves:
             self._check_weights()
@@ -172,14 +191,33 @@ class Trainer:
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self._state.step % interval == 0
 
+    def _check_before_leaving(self) -> None:
+        if self._state.positions:
+            self._check_measurements()
+            self._check_weights()
+
     def _check_measurements(self) -> None:
-        """Fail at the first step since the last log line with a loss or gradient norm that is not finite."""
+        """Fail at the first step since the last log line with a loss or gradient norm that is not finite; note spikes,
+        and fail at the first if told to."""
         series = self._state.window.values()
         bad = [(i, name) for name, values in series.items() for i, v in enumerate(values) if not math.isfinite(v)]
         if bad:
             index, name = min(bad)
             values = {key: values[index] for key, values in series.items()}
             self._fail(name, self._state.step - len(self._state.positions) + index + 1, values)
+        spikes = find_spikes(self._state, series)
+        if spikes:
+            self._note_spikes(spikes)
+
+    def _note_spikes(self, spikes: list[dict[str, Any]]) -> None:
+        if self._ranks.is_first:
+            for spike in spikes:
+                self._folder.spikes.write(spike)
+            self._progress.note(f"spike: {describe(spikes)}; see {self._folder.spikes.path}")
+        if self._options.stop_at_spike:
+            first = spikes[0]
+            saved = self._write_failure(first["step"], {first["name"]: first["value"]}, first["data_position"])
+            raise SpikeError(f"{describe(spikes)}; {saved}; see {self._folder.failure}")
 
     def _check_weights(self) -> None:
         """Fail if the last update left a weight that is not finite: such weights are not worth a checkpoint."""
@@ -192,8 +230,16 @@ class Trainer:
 
     def _fail(self, name: str, step: int, values: dict[str, float]) -> None:
         """Write failure.json and raise NonFiniteLossError. `step` counts from 1."""
-        self._checkpoints.wait()
         position = self._state.positions[step - self._state.step - 1]
+        saved = self._write_failure(step, values, position)
+        raise NonFiniteLossError(
+            f"{name} is {values[name]} at step {step}, whose data begins at {position}; {saved}; "
+            f"see {self._folder.failure}"
+        )
+
+    def _write_failure(self, step: int, values: dict[str, float], position: dict[str, Any]) -> str:
+        """Write failure.json; which checkpoint is left, in words."""
+        self._checkpoints.wait()
         failure = {
             "step": step,
             "values": {key: value if math.isfinite(value) else str(value) for key, value in values.items()},
@@ -201,24 +247,23 @@ class Trainer:
             "last_checkpoint": self._saved_step,
         }
         self._ranks.first(lambda: write_json(self._folder.failure, failure))
-        saved = "there is no checkpoint" if self._saved_step is None else f"last checkpoint: step {self._saved_step}"
-        raise NonFiniteLossError(
-            f"{name} is {values[name]} at step {step}, whose data begins at {position}; {saved}; "
-            f"see {self._folder.failure}"
-        )
+        return "there is no checkpoint" if self._saved_step is None else f"last checkpoint: step {self._saved_step}"
 
     def _log(self, learning_rate: float) -> None:
         state = self._state
         state.window.collect(self._ranks)
+        peak_memory = self._pace.peak_memory_gib()
         if self._ranks.is_first:
-            self._record_training(learning_rate)
+            self._record_training(learning_rate, peak_memory)
         state.window.clear()
         state.positions.clear()
-        self._window_seconds, self._window_tokens = 0.0, 0
+        self._pace.clear()
 
-    def _record_training(self, learning_rate: float) -> None:
+    def _record_training(self, learning_rate: float, peak_memory: float) -> None:
         state = self._state
-        summary = state.window.summary()
+        summary, config = state.window.summary(), state.model.config
+        flops = training_flops_per_token(config, self._options.sequence_length, summary["capacities"])
+        state.flops += flops * len(state.window) * self._options.tokens_per_step
         losses = {k.removeprefix("loss/"): summary.pop(k) for k in list(summary) if k.startswith("loss/")}
         state.last_training = {
             "kind": "training",
@@ -229,7 +274,10 @@ class Trainer:
             "losses": losses,
             "learning_rate": learning_rate,
             **summary,
-            "tokens_per_second": self._window_tokens / max(self._window_seconds, 1e-9),
+            "spikes": state.spikes,
+            "flops": state.flops,
+            **self._pace.speed(flops),
+            "peak_memory_gib": peak_memory,
             "seconds": state.seconds,
         }
         self._write(state.last_training)
@@ -251,6 +299,8 @@ class Trainer:
         if self._ranks.is_first:
             self._folder.journal.write(record)
             self._progress.record(record)
+            for tracker in self._trackers:
+                tracker.record(record)
 
     def _save(self) -> None:
         state = self._state
@@ -258,6 +308,7 @@ class Trainer:
             return
         if self._ranks.is_first:
             self._folder.journal.sync()
+            self._folder.spikes.sync()
         self._checkpoints.save(state)
         self._saved_step = state.step
 

@@ -9,6 +9,7 @@ ScheduleKind = Literal["trapezoid", "cosine"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Parallelism = Literal["auto", "none", "ddp", "fsdp"]
 GatherPrecision = Literal["auto", "float32"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 
 def _check_choice(name: str, value: str, choices: object) -> None:
@@ -110,10 +111,17 @@ class TrainingOptions:
         checkpoint_interval: steps between checkpoints; one more follows the last step. 0: only that one.
         keep_checkpoints: newest checkpoints that are kept.
         asynchronous_checkpoints: go on training while a checkpoint, copied to the host, is written.
+        trackers: where measurements go besides metrics.jsonl: `tensorboard`, `wandb` (see `mor.train.trackers`).
+        spike_threshold: a loss or gradient norm this many deviations (see `mor.train.spikes`) above the median of the
+            steps before goes into spikes.jsonl, with the position of its data. None: nothing does.
+        spike_window: how many steps before.
+        stop_at_spike: end the run there, with an error.
         device: `auto` (CUDA if present, else CPU) or a torch device.
         precision: `bfloat16` (autocast over float32 weights; CUDA only), `float32`, or `auto`: the former if possible.
         parallel: how several processes share the model: `ddp` (each has a copy), `fsdp` (each has a part of every
             weight) or `auto`: the former if copies take at most a quarter of a device. `none`: there must be one.
+        shard_size: ranks over which `fsdp` spreads one copy of the weights, as the GPUs of a node; there are as many
+            copies as such groups. None: all ranks share one.
         gather_precision: in which `fsdp` brings a layer's weights together: as `precision` computes (`auto`), or
             `float32`.
         reshard_after_forward: whether `fsdp` frees them again until the backward pass.
@@ -136,9 +144,14 @@ class TrainingOptions:
     checkpoint_interval: int = 200
     keep_checkpoints: int = 2
     asynchronous_checkpoints: bool = False
+    trackers: tuple[TrackerName, ...] = ()
+    spike_threshold: float | None = 8.0
+    spike_window: int = 100
+    stop_at_spike: bool = False
     device: str = "auto"
     precision: Precision = "auto"
     parallel: Parallelism = "auto"
+    shard_size: int | None = None
     gather_precision: GatherPrecision = "auto"
     reshard_after_forward: bool = True
     compile: bool | None = None
@@ -149,8 +162,12 @@ class TrainingOptions:
         _check_at_least(self, 1, "steps", "micro_batch_size", "gradient_accumulation_steps", "log_interval")
         _check_at_least(self, 0, "evaluation_interval", "evaluation_tokens", "calibration_tokens")
         _check_at_least(self, 0, "checkpoint_interval", "seed")
-        _check_at_least(self, 1, "keep_checkpoints")
-        _check_at_least(self, 2, "sequence_length")
+        _check_at_least(self, 1, "keep_checkpoints", "shard_size")
+        _check_at_least(self, 2, "sequence_length", "spike_window")
+        for tracker in self.trackers:
+            _check_choice("trackers", tracker, TrackerName)
+        if self.spike_threshold is not None and not self.spike_threshold > 0:
+            raise ValueError(f"spike_threshold={self.spike_threshold} must be positive; None turns detection off")
         _check_choice("precision", self.precision, Precision)
         _check_choice("parallel", self.parallel, Parallelism)
         _check_choice("gather_precision", self.gather_precision, GatherPrecision)

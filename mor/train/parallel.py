@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -155,20 +155,28 @@ class Shards:
     """FSDP2: every rank holds a part of each weight, its gradient and its moments, all in float32.
 
     `gathered_dtype`: of the weights of the layers while they are used; gradients are summed in float32.
-    `reshard_after_forward`: free a unit's weights between its forward and its backward pass.
+    `reshard_after_forward`: free a unit's weights between its forward and its backward pass. `shard_size`: ranks that
+    share one copy (HSDP): weights travel among them alone, and gradients between copies once per step; None: all.
     """
 
     is_sharded = True
 
     def __init__(
-        self, ranks: Ranks, *, gathered_dtype: torch.dtype = torch.float32, reshard_after_forward: bool = True
+        self,
+        ranks: Ranks,
+        *,
+        gathered_dtype: torch.dtype = torch.float32,
+        reshard_after_forward: bool = True,
+        shard_size: int | None = None,
     ) -> None:
         self.ranks = ranks
         self.gathered_dtype = gathered_dtype
         self._reshard = reshard_after_forward
+        self._shard_size = ranks.size if shard_size is None else shard_size
+        self._model: FSDPModule | None = None
 
     def place(self, model: MorForCausalLM, device: torch.device) -> None:
-        mesh = init_device_mesh(device.type, (self.ranks.size,))
+        mesh = self._mesh(device)
         _count_all_forwards(model, self.ranks)
         low = None if self.gathered_dtype == torch.float32 else self.gathered_dtype
         # Activations stay as autocast has them: with one process they do.
@@ -184,7 +192,14 @@ class Shards:
                 fully_shard(recursion, mesh=mesh, mp_policy=layers, reshard_after_forward=self._reshard)
         recursion.register_forward_pre_hook(_gather_router)
         with _Visible("loss", "logits").around(model):
-            fully_shard(model, mesh=mesh, mp_policy=exact)
+            self._model = fully_shard(model, mesh=mesh, mp_policy=exact)
+
+    def _mesh(self, device: torch.device) -> DeviceMesh:
+        """Neighbouring ranks share a copy; with several copies they are the first dimension."""
+        copies = self.ranks.size // self._shard_size
+        if copies == 1:
+            return init_device_mesh(device.type, (self.ranks.size,))
+        return init_device_mesh(device.type, (copies, self._shard_size), mesh_dim_names=("copy", "shard"))
 
     def forward(self, model: MorForCausalLM, **inputs: Any) -> MorCausalLMOutput:
         return model(**inputs)
@@ -193,7 +208,10 @@ class Shards:
         (loss * self.ranks.size).backward()  # FSDP2 takes the mean
 
     def accumulating(self, *, is_last: bool) -> AbstractContextManager[object]:
-        return nullcontext()  # every micro-batch is summed at once: whole gradients are never kept
+        """Every micro-batch is summed at once, so that whole gradients are never kept; the last one over copies too."""
+        assert self._model is not None
+        self._model.set_requires_all_reduce(is_last)
+        return nullcontext()
 
     @contextmanager
     def evaluating(self, model: MorForCausalLM) -> Any:
@@ -274,17 +292,34 @@ def choose_parallel(
 ) -> Parallel:
     """The strategy that `options.parallel` names; `auto`: DDP where copies fit easily, else FSDP2.
 
-    Raises ValueError for several processes where there may be one only.
+    Raises ValueError for several processes where there may be one only, and for a `shard_size` that does not fit.
     """
     if ranks.size == 1:
         return OneProcess()
     if options.parallel == "none":
         raise ValueError(f"parallel='none', but there are {ranks.size} processes; use 'auto', 'ddp' or 'fsdp'")
-    name = options.parallel if options.parallel != "auto" else _fitting(config, device)
+    _check_shard_size(options, ranks)
+    name = options.parallel
+    if name == "auto":
+        name = _fitting(config, device) if options.shard_size is None else "fsdp"
     if name == "ddp":
         return Replicas(ranks)
     low = dtype if options.gather_precision != "float32" else torch.float32
-    return Shards(ranks, gathered_dtype=low, reshard_after_forward=options.reshard_after_forward)
+    return Shards(
+        ranks,
+        gathered_dtype=low,
+        reshard_after_forward=options.reshard_after_forward,
+        shard_size=options.shard_size,
+    )
+
+
+def _check_shard_size(options: TrainingOptions, ranks: Ranks) -> None:
+    if options.shard_size is None:
+        return
+    if options.parallel == "ddp":
+        raise ValueError(f"shard_size={options.shard_size} is for parallel='fsdp'; with 'ddp' nothing is spread")
+    if ranks.size % options.shard_size:
+        raise ValueError(f"shard_size={options.shard_size} must divide the {ranks.size} processes")
 
 
 def _fitting(config: MorConfig, device: torch.device) -> str:

@@ -49,10 +49,9 @@ class SilentProgress:
 
 
 def training_figures(record: dict[str, Any]) -> str:
-    """Loss, tokens per second and mean depth of a training record, in a few words."""
-    return (
-        f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  mean depth {record['mean_depth']:.2f}"
-    )
+    """Loss, speed, utilisation and mean depth of a training record, in a few words."""
+    speed = f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.0%}"
+    return f"loss {record['loss']:.3f}  {speed}  mean depth {record['mean_depth']:.2f}"
 
 
 def evaluation_figures(record: dict[str, Any]) -> str:

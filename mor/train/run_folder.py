@@ -14,12 +14,14 @@ from mor.train.options import RunOptions
 
 MAY_CHANGE = frozenset(
     "output data.path data.verify training.device training.checkpoint_interval training.keep_checkpoints "
-    "training.asynchronous_checkpoints training.parallel training.reshard_after_forward".split()
+    "training.asynchronous_checkpoints training.parallel training.reshard_after_forward training.spike_threshold "
+    "training.stop_at_spike training.trackers training.shard_size".split()
 )
 
 
 class RunFolder:
-    """Paths inside a run's folder: options.json, metrics.jsonl, checkpoints/, final/, summary.json, failure.json."""
+    """Paths inside a run's folder: options.json, metrics.jsonl, spikes.jsonl, checkpoints/, final/, summary.json and
+    failure.json."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -29,6 +31,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.failure = self.path / "failure.json"
         self.journal = Journal(self.path / "metrics.jsonl")
+        self.spikes = Journal(self.path / "spikes.jsonl")
 
     def claim(self, options: RunOptions) -> None:
         """Make the folder and write the options, clearing what an earlier process left by failing or being killed."""
@@ -45,7 +48,7 @@ class RunFolder:
 
 def check_same_options(before: Mapping[str, Any], now: RunOptions) -> None:
     """ValueError naming the first option that differs from the resumed run's and is not in `MAY_CHANGE`."""
-    old, new = _flat(before), _flat(json.loads(json.dumps(to_dict(now))))
+    old, new = flat_options(before), flat_options(json.loads(json.dumps(to_dict(now))))
     for key in sorted(old.keys() | new.keys()):
         if key not in MAY_CHANGE and old.get(key) != new.get(key):
             raise ValueError(
@@ -54,11 +57,12 @@ def check_same_options(before: Mapping[str, Any], now: RunOptions) -> None:
             )
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_options(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flat_options(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

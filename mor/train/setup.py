@@ -14,6 +14,7 @@ from mor.data.split import Split
 from mor.model.calibrate import can_calibrate
 from mor.model.configuration_mor import MorConfig
 from mor.model.modeling_mor import MorForCausalLM
+from mor.quiet import without_progress_bars
 from mor.train import random_state
 from mor.train.checkpoint import Checkpoint, CheckpointError
 from mor.train.compile import compile_layers
@@ -22,7 +23,6 @@ from mor.train.optim import build_optimizer
 from mor.train.options import RunOptions
 from mor.train.parallel import Parallel, choose_parallel, micro_batches
 from mor.train.precision import choose_device, choose_precision
-from mor.train.quiet import without_progress_bars
 from mor.train.ranks import Ranks
 from mor.train.run_folder import check_same_options
 from mor.train.state import TrainingState
@@ -174,11 +174,17 @@ def build_validator(
     """What scores the validation split and calibrates on rows that another seed draws from the training split."""
     training = options.training
     size = training.micro_batch_size * training.sequence_length
+    end_of_text = shards.eos_token_id if options.data.document_masking else None
     loader = _loader(shards, options, training.seed + 1)
     calibration_rows = [next(loader).input_ids for _ in range(-(-training.calibration_tokens // size))]
     if training.evaluation_tokens == 0:
         return Validator(
-            rows=[], calibration_rows=calibration_rows, bytes_per_token=1.0, dtype=dtype, parallel=parallel
+            rows=[],
+            calibration_rows=calibration_rows,
+            bytes_per_token=1.0,
+            dtype=dtype,
+            end_of_text=end_of_text,
+            parallel=parallel,
         )
     validation = open_shards(options, "validation")
     rows = evaluation_batches(
@@ -192,5 +198,6 @@ def build_validator(
         calibration_rows=calibration_rows,
         bytes_per_token=validation.bytes_per_token,
         dtype=dtype,
+        end_of_text=end_of_text,
         parallel=parallel,
     )

@@ -1,6 +1,7 @@
 """Tensors whose rows lie on different ranks (FSDP2's `DTensor`), cut from and put together to whole ones.
 
-Only what FSDP2 makes: one mesh dimension, rows (dimension 0) dealt out in equal runs, the last ones shorter or empty.
+Only what FSDP2 makes: rows (dimension 0) dealt out in equal runs along the last dimension of a mesh, the last ones
+shorter or empty; along a first dimension, if there is one, are copies.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def whole_value(tensor: Tensor) -> Tensor:
 
 def row_range(tensor: DTensor) -> tuple[int, int]:
     """The rows, from start to stop, that lie on this rank."""
-    size, rank = tensor.device_mesh.size(), tensor.device_mesh.get_local_rank()
-    length = tensor.shape[0]
+    mesh, length = tensor.device_mesh, tensor.shape[0]
+    size, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
     each = -(-length // size)
     return min(rank * each, length), min((rank + 1) * each, length)
 
@@ -39,15 +40,18 @@ def row_range(tensor: DTensor) -> tuple[int, int]:
 def gather_to(tensor: DTensor, owner: int) -> Tensor | None:
     """The whole tensor, on `owner`'s host; None elsewhere. All ranks must call it.
 
-    Only the owner receives: an all-gather would carry the whole tensor to every rank.
+    Only the owner receives: an all-gather would carry the whole tensor to every rank. It reads its own copy.
     """
     local, mesh = tensor.to_local().detach(), tensor.device_mesh
-    each = -(-tensor.shape[0] // mesh.size())
+    group = mesh.get_group(mesh.ndim - 1)
+    members = dist.get_process_group_ranks(group)
+    if owner not in members:
+        return None
+    each = -(-tensor.shape[0] // len(members))
     padded = local.new_zeros((each, *tensor.shape[1:]))
     padded[: local.shape[0]] = local
-    is_owner = mesh.get_local_rank() == owner
-    parts = [torch.empty_like(padded) for _ in range(mesh.size())] if is_owner else None
-    dist.gather(padded, parts, dst=owner, group=mesh.get_group())
+    parts = [torch.empty_like(padded) for _ in members] if dist.get_rank() == owner else None
+    dist.gather(padded, parts, dst=owner, group=group)
     return None if parts is None else torch.cat(parts)[: tensor.shape[0]].cpu()
 
 

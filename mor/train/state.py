@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +29,10 @@ class TrainingState:
     """A run between two steps.
 
     `lm_loss`: how the loss is computed, None: by the model. `parallel`: how ranks share the model. `step`, `tokens`:
-    finished steps and the tokens they read. `seconds`: time spent training, earlier processes included. `positions`:
-    the data position before each step of the window. `last_training`, `last_evaluation`: the newest lines of
+    finished steps and the tokens they read. `flops`: training FLOPs up to the last log line, on the first rank.
+    `seconds`: time spent training, earlier processes included. `positions`: the data position before each step of the
+    window. `recent`, `judged`, `spikes`: the values that the next step is compared with, the last step that was looked
+    at for spikes, and how many there were. `last_training`, `last_evaluation`: the newest lines of
     metrics.jsonl.
     """
 
@@ -45,21 +49,36 @@ class TrainingState:
     step: int = 0
     tokens: int = 0
     epoch: int = 0
+    flops: float = 0.0
     seconds: float = 0.0
     positions: list[dict[str, Any]] = field(default_factory=list)
+    recent: dict[str, Sequence[float]] = field(default_factory=dict)
+    judged: int = 0
+    spikes: int = 0
     last_training: dict[str, Any] | None = None
     last_evaluation: dict[str, Any] | None = None
 
-    COUNTERS = ("tokens", "epoch", "seconds", "positions", "last_training", "last_evaluation")
+    COUNTERS = (
+        "tokens",
+        "epoch",
+        "flops",
+        "seconds",
+        "positions",
+        "recent",
+        "judged",
+        "spikes",
+        "last_training",
+        "last_evaluation",
+    )
 
     def values(self) -> dict[str, Any]:
-        """What a checkpoint keeps as JSON, beside the step: the first rank's."""
+        """What a checkpoint keeps as JSON, beside the step: the first rank's, as it is now."""
         return {
             "options": to_dict(self.options),
             "data_position": self.loader.state_dict(),
             "random": random_state.capture()[1],
             "ranks": self.parallel.ranks.size,
-            "counters": {name: getattr(self, name) for name in self.COUNTERS},
+            "counters": {name: deepcopy(getattr(self, name)) for name in self.COUNTERS},
         }
 
     def tensors(self) -> dict[str, Tensor]:

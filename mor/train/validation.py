@@ -31,8 +31,9 @@ class Validator:
 
     `rows`: (B, T) batches to score; empty: nothing is. `calibration_rows`: training rows that thresholds are taken
     from; empty: none are.
-    `bytes_per_token`: of the validation text. `dtype`: of matrix products. `parallel`: how ranks share the model; they
-    share the scoring, and each calibrates on all calibration rows.
+    `bytes_per_token`: of the validation text. `dtype`: of matrix products. `end_of_text`: attention stays inside
+    documents, which end with this token; None: it crosses them. `parallel`: how ranks share the model; they share the
+    scoring, and each calibrates on all calibration rows.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Validator:
         calibration_rows: Sequence[Tensor],
         bytes_per_token: float,
         dtype: torch.dtype = torch.float32,
+        end_of_text: int | None = None,
         parallel: Parallel | None = None,
     ) -> None:
         self._rows, self._calibration_rows = rows, calibration_rows
-        self._bytes_per_token, self._dtype = bytes_per_token, dtype
+        self._bytes_per_token, self._dtype, self._end_of_text = bytes_per_token, dtype, end_of_text
         self._parallel = OneProcess() if parallel is None else parallel
 
     @property
@@ -65,7 +67,7 @@ class Validator:
             if depth is not None and self._rows:
                 grid = _bracket(depth, model.config.num_recursions)
                 few = self._calibration_rows[: -(-len(self._calibration_rows) // 4)]
-                calibrate(model, self._on_device(model, few), mean_depths=grid)
+                calibrate(model, self._on_device(model, few), mean_depths=grid, end_of_text=self._end_of_text)
             return self._scores(model, depth)
 
     def finish(self, model: MorForCausalLM) -> dict[str, dict[str, float]]:
@@ -77,7 +79,8 @@ class Validator:
         with _aside(model), self._parallel.evaluating(model), autocast(model.device, dtype):
             depth = trained_mean_depth(model) if self.calibrates else None
             if self.calibrates and can_calibrate(model):
-                calibrate(model, self._on_device(model, self._calibration_rows))
+                rows = self._on_device(model, self._calibration_rows)
+                calibrate(model, rows, end_of_text=self._end_of_text)
             return self._scores(model, depth)
 
     def _scores(self, model: MorForCausalLM, mean_depth: float | None) -> dict[str, dict[str, float]]:
@@ -91,7 +94,8 @@ class Validator:
     def _score(self, model: MorForCausalLM, decision: str, mean_depth: float | None) -> dict[str, float]:
         parts = []
         for rows, counts in self._share():
-            scores = score_tokens(model, rows.to(model.device), decision=decision, mean_depth=mean_depth)
+            rows = rows.to(model.device)
+            scores = score_tokens(model, rows, decision=decision, mean_depth=mean_depth, end_of_text=self._end_of_text)
             if counts:
                 nll = float(scores.nll_BT.double()[scores.counted_BT].sum())
                 parts.append((nll, int(scores.counted_BT.sum()), int(scores.depths_BT.sum()), scores.depths_BT.numel()))

@@ -99,6 +99,21 @@ def test_budgets_in_one_pass() -> None:
     assert flops == sorted(flops)
 
 
+def test_attention_stays_inside_documents_if_asked() -> None:
+    """The second document of a row is scored as if it stood alone."""
+    text = rows(4, 20)
+    text[text == 0] = 1
+    text[:, 9] = 0
+    (inside,) = measure_quality(model("gate"), [text], token_bytes=ONE_BYTE, end_of_text=0)
+    parts = [measure_quality(model("gate"), [part], token_bytes=ONE_BYTE)[0] for part in (text[:, :10], text[:, 10:])]
+    (across,) = measure_quality(model("gate"), [text], token_bytes=ONE_BYTE)
+    first_of_second = inside.nll * 19 - sum(part.nll * 9 for part in parts)  # predicted from the end of the first
+    logits = model("gate")(text[:, :10]).logits[:, 9].detach()
+    alone = -logits.log_softmax(-1).gather(1, text[:, 10:11]).mean()
+    assert first_of_second == pytest.approx(float(alone), abs=1e-3)
+    assert abs(across.nll - inside.nll) > 1e-3
+
+
 def test_top_k_is_labelled() -> None:
     quality = measure_quality(model(), [rows(2, 12)], token_bytes=ONE_BYTE, decision="top_k")[0]
     assert quality.decision == "top_k"

@@ -360,6 +360,24 @@ def test_communication_by_hand():
     assert communication_bytes(config, num_ranks=4, micro_batches=3) == pytest.approx(3 * sharded)
     kept = communication_bytes(config, num_ranks=4, reshard_after_forward=False)
     assert sharded - kept == pytest.approx(2 * layers * 3 / 4)
+    two_groups = communication_bytes(config, num_ranks=4, num_replicas=2)
+    assert two_groups - sharded == pytest.approx(2 * 4 * count / 4 / 2)
+
+
+def test_memory_by_hand():
+    config = MorConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=96, vocab_size=100)
+    count, arguments = count_parameters(config).total, {"rows": 3, "sequence_length": 10}
+    root = 100 * 64 + 64
+    layer = (count - root) // 2
+    one, four = (training_memory(config, num_ranks=size, **arguments) for size in (1, 4))
+    streams, inside = 2 * 64, 4 * 64 + 2 * 96
+    assert one.activations == four.activations == 2 * (streams + inside) * 2 * 10 * 3
+    assert (one.states, four.states) == (16 * count, 4 * count)
+    assert (one.gathered, four.gathered) == (2 * 2 * layer, 8 * root + 8 * layer + 2 * layer)
+    assert training_memory(config, gathered_bytes=4, **arguments).gathered == 0
+    assert training_memory(config, recompute="layer", **arguments).activations == (
+        2 * (2 * 64 + streams + inside) * 10 * 3
+    )
 
 
 def test_memory_falls_with_ranks_and_with_recomputation():
@@ -367,8 +385,9 @@ def test_memory_falls_with_ranks_and_with_recomputation():
     arguments = {"rows": 16, "sequence_length": 2048}
     one, eight = (training_memory(config, num_ranks=size, **arguments) for size in (1, 8))
     assert one.states == 16 * count_parameters(config).total == 8 * eight.states
-    assert (one.gathered, one.activations) == (0, eight.activations)
-    assert one.total == one.states + one.activations
-    assert training_memory(config, checkpointing=True, **arguments).activations < 0.6 * one.activations
+    assert one.activations == eight.activations
+    assert one.total == one.states + one.gathered + one.activations
+    recursion, layer = (training_memory(config, recompute=unit, **arguments) for unit in ("recursion", "layer"))
+    assert layer.activations < 0.3 * recursion.activations < 0.15 * one.activations
     vanilla = MorConfig(num_hidden_layers=32)
     assert one.activations < 0.75 * training_memory(vanilla, **arguments).activations

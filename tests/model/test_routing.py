@@ -3,9 +3,11 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from mor.model.cache import MorCache
 from mor.model.expert_choice import hashed_uniform
-from tests.tiny import left_padding, random_ids, tiny_model
+from tests.tiny import VOCABULARY, left_padding, random_ids, tiny_model
 
 
 def router_of(model):
@@ -134,3 +136,30 @@ def test_micro_batches_add_up_to_the_batch():
         whole = model(ids, labels=ids, num_items_in_batch=ids.numel()).loss
         parts = [model(part, labels=part, num_items_in_batch=ids.numel()).loss for part in ids.split(2)]
         torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.parametrize("kv_cache", ["recursion", "shared", "hybrid"])
+@pytest.mark.parametrize("depths", [[3], [1], [3, 1, 2], [2, 3, 1, 1, 1, 2, 3]], ids=str)
+def test_fixed_depths_of_whole_rows_are_known_without_reading_a_tensor(depths, kv_cache):
+    """Fake tensors have no values to be read; where there are values, training computes what evaluation does."""
+    model, ids = tiny_model(router="fixed", fixed_depths=depths, kv_cache=kv_cache), random_ids(2, 25)
+    evaluated = model(ids, use_cache=False)
+    trained = model.train()(ids)
+    torch.testing.assert_close(trained.logits, evaluated.logits, atol=1e-5, rtol=1e-4)
+    assert torch.equal(trained.depths, evaluated.depths)
+    assert trained.depths.tolist() == [[depths[n % len(depths)] for n in range(25)]] * 2
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(inputs_embeds=torch.empty(2, 25, 32)).logits.shape == (2, 25, VOCABULARY)
+
+
+def test_fixed_depths_go_on_where_the_cache_ends():
+    """In training mode too: rows with unlike numbers of tokens have unlike sizes."""
+    model, ids, mask = tiny_model(router="fixed", fixed_depths=[3, 1, 1]), random_ids(2, 9), left_padding(0, 2, size=9)
+    whole = model(ids, attention_mask=mask, use_cache=False)
+    for training in (False, True):
+        model.train(training)
+        cache = MorCache(model.config)
+        model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
+        rest = model(ids[:, 5:], attention_mask=mask, past_key_values=cache)
+        assert torch.equal(rest.depths, whole.depths[:, 5:])
+        torch.testing.assert_close(rest.logits, whole.logits[:, 5:], atol=1e-5, rtol=1e-4)

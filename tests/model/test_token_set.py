@@ -45,6 +45,14 @@ def test_composition_picks_out_of_the_members(mask, seed):
     assert torch.equal(both.gather(values), inner.gather(outer.gather(values)))
 
 
+def test_even_sets_have_no_empty_places():
+    mask = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0]]).bool()
+    tokens = TokenSet.from_even_mask(mask, 2)
+    assert (tokens.index_BK.tolist(), tokens.valid_BK) == ([[0, 2], [1, 2]], None)
+    assert TokenSet.from_even_mask(torch.ones(2, 4).bool(), 4).is_everything
+    assert TokenSet.from_even_mask(torch.zeros(2, 4).bool(), 0).is_empty
+
+
 def test_top_keeps_causal_order_and_everything_needs_no_index():
     score = torch.tensor([[0.1, 0.9, 0.5, 0.7]])
     assert TokenSet.top(score, 2).index_BK.tolist() == [[1, 3]]

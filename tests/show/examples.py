@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from mor.show.comparison import Arm
@@ -68,3 +70,35 @@ def report(**changes: Any) -> Report:
         "footer": "Foot > er",
     }
     return Report(**values | changes)
+
+
+def training_line(step: int, *, loss: float = 2.0, seconds: float | None = None, **changes: Any) -> dict[str, Any]:
+    """A training line of a run that reads 100 tokens at 1e6 FLOPs each in a step of ten seconds."""
+    line = {
+        "kind": "training",
+        "step": step,
+        "tokens": 100 * step,
+        "loss": loss + 0.5,
+        "losses": {"lm": loss},
+        "flops": 1e8 * step,
+        "tokens_per_second": 10.0,
+        "mfu": 0.4,
+        "peak_memory_gib": 1.5,
+        "seconds": 10.0 * step if seconds is None else seconds,
+    }
+    return line | changes
+
+
+def evaluation_line(step: int, *, nll: float = 3.0) -> dict[str, Any]:
+    scores = {"nll": nll, "bits_per_byte": nll / 2, "mean_depth": 1.75, "tokens": 64}
+    return {"kind": "evaluation", "step": step, "tokens": 100 * step, "decisions": {"causal": scores}}
+
+
+def write_run(folder: Path, *lines: dict[str, Any], options: dict[str, Any] | None = None) -> Path:
+    """A run folder of 100 planned steps with these lines in its journal."""
+    folder.mkdir(parents=True)
+    values = {"output": str(folder), "model": {"router": "none"}, "training": {"steps": 100, "seed": 0}}
+    (folder / "options.json").write_text(json.dumps(values | (options or {})))
+    if lines:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder

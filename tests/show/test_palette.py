@@ -80,3 +80,9 @@ def test_no_depths_is_an_error() -> None:
 def test_arm_colors_repeat() -> None:
     assert arm_color(0) == arm_color(len(palette.ARM_COLORS["light"]))
     assert len({arm_color(i, "dark") for i in range(4)}) == 4
+
+
+@pytest.mark.parametrize(("theme", "card"), [("light", "#ffffff"), ("dark", "#181c22")])
+def test_arm_colors_are_seen_on_the_page(theme: palette.Theme, card: str) -> None:
+    assert min(contrast(color, card) for color in palette.ARM_COLORS[theme]) > 4.5
+    assert len(set(palette.ARM_COLORS[theme])) == 8

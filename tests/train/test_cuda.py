@@ -36,14 +36,24 @@ def test_a_run_trains_and_resumes(tmp_path, shards, model, precision):
     assert again.training["loss"] == pytest.approx(result.training["loss"], rel=0.02)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_training_waits_for_the_device_only_when_it_reports(tmp_path, shards):
-    """Between log lines no value is read from the device."""
-    state, _ = build_run(
-        tiny_options(tmp_path, shards, device="cuda", sequence_length=64, model={"router": "expert_choice"})
-    )
+@pytest.mark.parametrize("documents", [False, True], ids=["across", "inside"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"router": "expert_choice"},
+        {"router": "expert_choice", "kv_cache": "shared"},
+        {"router": "gate"},
+        {"router": "fixed", "fixed_depths": [3, 1, 2]},
+    ],
+    ids=lambda model: "-".join(value for value in model.values() if isinstance(value, str)),
+)
+def test_training_waits_for_the_device_only_when_it_reports(tmp_path, shards, model, documents):
+    """Between log lines no value is read from the device; rows are long enough for the block-sparse kernels."""
+    settings = {"device": "cuda", "sequence_length": 512, "evaluation_tokens": 0}
+    state, _ = build_run(tiny_options(tmp_path, shards, model=model, data={"document_masking": documents}, **settings))
     state.model.train()
-    optimizer_step(state, 1e-3)
+    for _ in range(2):  # the second may compile for another number of tokens
+        optimizer_step(state, 1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer_step(state, 1e-3)

@@ -39,3 +39,19 @@ def test_the_model_trains_alike_without_logits(router):
         loss.backward()
     mean = model(ids, labels=ids, lm_loss=ChunkedLmLoss(chunk=5, compiled=False)).loss
     torch.testing.assert_close(mean, model(ids, labels=ids).loss)
+
+
+@pytest.mark.gpu
+def test_in_bfloat16_the_loss_and_its_gradients_are_those_of_float32_within_rounding():
+    hidden, head = torch.randn(4, 300, 64, device="cuda"), torch.randn(500, 64, device="cuda") / 8
+    target = torch.randint(0, 500, (4, 300), device="cuda")
+    results = []
+    for autocast, loss in ((False, plain_lm_loss), (True, ChunkedLmLoss(chunk=256))):
+        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            value = loss(*leaves, target)
+        value.backward()
+        results.append((value, *(leaf.grad for leaf in leaves)))
+    for fused, plain in zip(results[1], results[0], strict=True):
+        assert fused.dtype == torch.float32
+        assert (fused - plain).norm() / plain.norm() < 1e-2

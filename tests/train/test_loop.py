@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mor.model.cost import training_flops
 from mor.model.modeling_mor import MorForCausalLM
 from mor.train import checkpoint
 from mor.train.checkpoint import CheckpointError
@@ -89,6 +90,8 @@ def test_training_lines_carry_the_measures(run):
     assert line["learning_rate"] == pytest.approx(1e-2 * (1 - 7 / 8))
     assert line["gradient_norm"] > 0
     assert line["tokens_per_second"] > 0
+    assert 0 < line["mfu"] < 1
+    assert 0.1 < line["peak_memory_gib"] < 64
     assert line["mean_depth"] == pytest.approx((32 + 21 + 10) / 32)
     assert line["capacities"] == pytest.approx([1, 21 / 32, 10 / 32])
     assert line["depth_histogram"] == pytest.approx([0, 11 / 32, 11 / 32, 10 / 32])
@@ -96,6 +99,13 @@ def test_training_lines_carry_the_measures(run):
     assert 0 <= line["dead_token_ratio"] < 1
     assert line["max_violation"] >= 0
     assert 0 <= line["router_entropy"] <= math.log(3) + 1e-9
+
+
+def test_training_flops_are_those_of_the_tokens_that_were_active(run):
+    """At constant capacities the count equals the cost of the configuration, from the first line on."""
+    config = MorForCausalLM.from_pretrained(run[0] / "final").config
+    for line in records(run[0], "training"):
+        assert line["flops"] == pytest.approx(training_flops(config, line["tokens"], sequence_length=32), rel=1e-9)
 
 
 def test_evaluations_name_their_decision_rule(run):
@@ -295,6 +305,19 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_its_place(tmp_path,
     assert [line["step"] for line in records(output, "training")] == [3, 6]
     assert train(tiny_options(output, shards), resume=True, progress=SilentProgress()).step == 12
     assert not (output / "failure.json").exists()
+
+
+def test_a_run_that_is_told_to_stop_saves_no_weights_that_are_not_numbers(tmp_path, shards, trained_models):
+    """Step 5 is neither logged nor saved, so that only the leaving looks at it."""
+    output = tmp_path / "run"
+
+    def leave():
+        poison(trained_models[0].lm_head.weight, float("nan"))
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(NonFiniteLossError, match=r"is nan at step 5, .*; last checkpoint: step 4"):
+        train(tiny_options(output, shards), progress=At(5, leave))
+    assert checkpoint.read_latest(output / "checkpoints").step == 4
 
 
 def test_weights_that_are_not_numbers_are_not_saved(tmp_path, shards, monkeypatch):

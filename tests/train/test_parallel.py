@@ -82,6 +82,24 @@ def test_two_processes_train_as_one(runs, name, parallel):
     assert_close(runs / name, runs / f"{name}-{parallel}")
 
 
+def test_copies_of_a_spread_model_train_as_one_process_and_resume(tmp_path, shards):
+    """Four processes, two of which share a copy; another router each, and checkpoints for any number of processes."""
+    settings = {"gradient_accumulation_steps": 8, "micro_batch_size": 1, "steps": 9, "checkpoint_interval": 4}
+    made = [
+        {"model": MODELS[name], **settings} | more
+        for name in ("auxiliary_router", "loss_free")
+        for more in ({}, {"parallel": "fsdp", "shard_size": 2})
+    ]
+    runs = [options(tmp_path / str(number), shards, **each) for number, each in enumerate(made)]
+    for alone in (runs[0], runs[2]):
+        train(alone, progress=SilentProgress())
+    work(4, worker.run, runs[1])
+    assert_close(tmp_path / "0", tmp_path / "1")
+    work(4, worker.interrupt, runs[3])
+    work(2, worker.resume, options(tmp_path / "3", shards, **(made[3] | {"shard_size": 1})))
+    assert_close(tmp_path / "2", tmp_path / "3")
+
+
 def test_a_replicated_run_leaves_what_one_process_leaves(runs):
     for folder in ("vanilla-ddp", "vanilla"):
         assert sorted(path.name for path in (runs / folder / "final").iterdir()) == [
@@ -154,6 +172,11 @@ def test_the_strategy_is_chosen_by_name_or_by_size():
     assert isinstance(chosen(parallel="fsdp"), Shards)
     assert chosen(parallel="fsdp", dtype=torch.bfloat16).gathered_dtype == torch.bfloat16
     assert chosen(parallel="fsdp", dtype=torch.bfloat16, gather_precision="float32").gathered_dtype == torch.float32
+    assert isinstance(chosen(size=4, shard_size=2), Shards)
+    with pytest.raises(ValueError, match="shard_size=2 is for parallel='fsdp'; with 'ddp' nothing is spread"):
+        chosen(parallel="ddp", shard_size=2)
+    with pytest.raises(ValueError, match="shard_size=3 must divide the 4 processes"):
+        chosen(size=4, shard_size=3)
     with pytest.raises(ValueError, match="parallel='none', but there are 2 processes"):
         chosen(parallel="none")
 

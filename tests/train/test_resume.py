@@ -18,18 +18,18 @@ from mor.train import checkpoint
 from mor.train.checkpoint import CheckpointError
 from mor.train.journal import read_journal
 from mor.train.loop import train
+from mor.train.pace import MACHINE_KEYS
 from mor.train.progress import SilentProgress
 from tests.train.test_loop import At, Recorder
 from tests.train.tiny_run import tiny_options
 
 ROOT = Path(__file__).parents[2]
-CLOCK = ("seconds", "tokens_per_second")
 
 
 def curve(output):
-    """Every line of metrics.jsonl, as written, without what the clock decides."""
+    """Every line of metrics.jsonl, as written, without what the machine decides."""
     lines = read_journal(output / "metrics.jsonl")
-    return [json.dumps({key: value for key, value in line.items() if key not in CLOCK}) for line in lines]
+    return [json.dumps({key: value for key, value in line.items() if key not in MACHINE_KEYS}) for line in lines]
 
 
 def weights(output):

@@ -30,7 +30,7 @@ def test_the_same_options_pass_and_some_may_change():
         output="elsewhere",
         model=OPTIONS.model,
         data=DataOptions(path="moved", verify=False),
-        training=TrainingOptions(checkpoint_interval=7, keep_checkpoints=9, device="cpu"),
+        training=TrainingOptions(checkpoint_interval=7, keep_checkpoints=9, device="cpu", stop_at_spike=True),
     )
     assert check_same_options(STORED, moved) is None
 

@@ -65,6 +65,15 @@ def test_calibration_rows_are_training_rows_that_another_seed_draws(tmp_path, sh
     assert not torch.equal(validator._calibration_rows[0], next(state.loader).input_ids)
 
 
+@pytest.mark.parametrize("evaluation_tokens", [0, 64])
+def test_validation_masks_documents_when_training_does(tmp_path, shards, evaluation_tokens):
+    for masking, expected in ((True, 256), (False, None)):
+        settings = {"data": {"document_masking": masking}, "evaluation_tokens": evaluation_tokens}
+        options = tiny_options(tmp_path, shards, **settings)
+        train = open_shards(options, "train")
+        assert build_validator(options, train, torch.float32)._end_of_text == expected
+
+
 @pytest.mark.parametrize(
     ("router", "expected"), [("expert_choice", 2.0), ("random", 2.0), ("token_choice", None), ("gate", None)]
 )

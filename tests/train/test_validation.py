@@ -90,3 +90,22 @@ def test_extreme_capacities_still_have_a_bracket():
         judge, _ = validator()
         for judgement in (judge.evaluate, judge.finish):
             assert judgement(model).keys() == {"causal", "top_k"}
+
+
+def test_attention_stays_inside_documents_while_calibrating_and_scoring():
+    """As if a model that is trained so were deployed on documents one by one."""
+    rows, calibration_rows = random_ids(3, 24, seed=1), random_ids(8, 24)
+    rows[:, 9] = calibration_rows[:, 13] = 0
+    for judgement in ("evaluate", "finish"):
+        inside, across = (tiny_model(router="expert_choice") for _ in range(2))
+        scores = [
+            getattr(
+                Validator(rows=[rows], calibration_rows=[calibration_rows], bytes_per_token=1.0, **choice), judgement
+            )(model)
+            for model, choice in ((inside, {"end_of_text": 0}), (across, {}))
+        ]
+        tables = [model.model.recursion.router.calibration_thresholds for model in (inside, across)]
+        assert not torch.equal(tables[0].nan_to_num(9), tables[1].nan_to_num(9))
+        found = score_tokens(inside, rows, mean_depth=2.0, end_of_text=0).nll_BT.sum() / (3 * 23)
+        assert scores[0]["causal"]["nll"] == pytest.approx(float(found), rel=1e-6)
+        assert abs(scores[0]["causal"]["nll"] - scores[1]["causal"]["nll"]) > 1e-3
