@@ -68,7 +68,8 @@ def _in_training(module: nn.Module, name: str, dynamic: bool) -> Callable[..., A
 def _compile_sparing(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
     """Inductor, told to compute element-wise results again in the backward pass even where a product then reads them.
 
-    Normed inputs and the feed-forward's gated values are nearly a third of a layer's activations, and cost one more write.
+    Normed inputs and the feed-forward's gated values are nearly a third of a layer's activations, and cost one more
+    write.
     """
     from torch._inductor.compile_fx import compile_fx  # loads the compiler, which only training on CUDA needs
 
