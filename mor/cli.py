@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "calibrate": Command(module="calibrate", summary="find the thresholds for every depth budget and store them"),
     "convert": Command(module="convert", summary="convert Llama-family or the authors' checkpoints"),
     "data": Command(module="data", summary="make token shards, train a tokenizer, or look into shards"),
+    "bench": Command(module="bench", summary="measure tokens per second of models in the engine"),
     "recipes": Command(module="recipes", summary="list the runs that train knows by name"),
 }
 

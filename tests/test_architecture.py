@@ -29,6 +29,10 @@ class Level:
 
 BASE = ("mor.config", "mor.files", "mor.quiet")
 MODEL_LIBRARIES = ("torch", "transformers", "huggingface_hub", "numpy", "safetensors")
+# The engine's plans are made of integers: these files hold no torch.
+ENGINE_PLANNING = tuple(
+    f"mor.engine.{name}" for name in ("block_pool", "cache_shape", "params", "prefix_cache", "request", "scheduler")
+)
 
 # The first level whose part a file belongs to is the one that counts.
 LEVELS = (
@@ -46,6 +50,8 @@ LEVELS = (
     Level(part="mor.data", internal=(*BASE, "mor.data")),
     Level(part="mor.convert", internal=(*BASE, "mor.model", "mor.convert")),
     Level(part="mor.train", internal=(*BASE, "mor.data", "mor.model", "mor.train")),
+    *(Level(part=part, internal=ENGINE_PLANNING, external=()) for part in ENGINE_PLANNING),
+    Level(part="mor.engine", internal=(*BASE, "mor.data", "mor.model", "mor.loading", "mor.engine")),
     Level(part="mor.evaluate", internal=(*BASE, "mor.data", "mor.model", "mor.evaluate")),
     Level(part="mor"),
 )
@@ -117,6 +123,11 @@ def test_imports_point_downwards() -> None:
         ("mor/data/loader.py", "from mor.model import cost", False),
         ("mor/data/loader.py", "from mor.data.shards import TokenShards", True),
         ("mor/train/loop.py", "from mor import evaluate", False),
+        ("mor/engine/scheduler.py", "from mor.engine.request import Request", True),
+        ("mor/engine/scheduler.py", "from mor.engine.runner import Runner", False),
+        ("mor/engine/block_pool.py", "import torch", False),
+        ("mor/engine/runner.py", "from mor.model.modeling_mor import MorForCausalLM\nimport torch", True),
+        ("mor/engine/engine.py", "from mor.train.loop import train", False),
         ("mor/cli.py", "from mor.train.loop import train", True),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,7 +52,7 @@ def words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
 
 
-def pieces(ids: list[int], tokenizer=BYTES, **options) -> list[str]:
+def pieces(ids: list[Any], tokenizer: Any = BYTES, **options: Any) -> list[str]:
     decoder = PieceDecoder(tokenizer, **options)
     return [*(decoder.feed(token) for token in ids), decoder.flush()]
 
@@ -80,7 +83,7 @@ def test_any_split_of_a_text_gives_the_text_back(split: tuple[str, list[bytes]])
 def test_tokens_that_all_end_inside_a_character(first: int) -> None:
     data = ("é€🙂aé" * 40).encode()
     edges = [0, *range(first, len(data), 3), len(data)]
-    chunks = [data[start:end] for start, end in zip(edges, edges[1:])]
+    chunks = [data[start:end] for start, end in pairwise(edges)]
     assert "".join(pieces(list(range(len(chunks))), ByteChunks(chunks))) == data.decode()
 
 
@@ -103,14 +106,14 @@ def test_special_tokens_have_text_unless_skipped() -> None:
 
 
 def test_a_space_before_a_word_is_part_of_the_text_after_a_prompt(words: PreTrainedTokenizerFast) -> None:
-    hello, world = words.convert_tokens_to_ids(["▁Hello", "▁world"])
+    hello, world = (words.convert_tokens_to_ids(word) for word in ("▁Hello", "▁world"))
     assert pieces([hello, world], words) == ["Hello", " world", ""]
     assert pieces([world, world], words, prompt=[hello]) == [" world", " world", ""]
 
 
 def test_skipped_tokens_between_words_leave_the_space(words: PreTrainedTokenizerFast) -> None:
-    hello, start, world = words.convert_tokens_to_ids(["▁Hello", "<s>", "▁world"])
-    for skipped in (1, 5, 9):
+    hello, start, world = (words.convert_tokens_to_ids(word) for word in ("▁Hello", "<s>", "▁world"))
+    for skipped in (1, 5, 50):
         assert "".join(pieces([hello, *[start] * skipped, world], words, skip_special_tokens=True)) == "Hello world"
 
 

@@ -1,0 +1,1 @@
+"""What `mor bench` measures."""

@@ -1,0 +1,212 @@
+"""Measure speed.
+
+mor bench throughput --dimensions 360m --pool 32seq --concurrency best --arms vanilla-4,mor-4
+mor bench throughput --dimensions small --requests 16 --length 128 --length-sd 0 --peers generate,generate-1
+mor bench throughput --model runs/a --model runs/b --data text.txt --figure pareto.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mor.commands.common import add_device, depth_list
+
+if TYPE_CHECKING:
+    from mor.benchmark.arms import Arm
+    from mor.benchmark.throughput import ThroughputOptions
+    from mor.benchmark.workload import Workload
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="throughput")
+    throughput = actions.add_parser(
+        "throughput",
+        help="tokens per second in the engine, of arms side by side",
+        description="Tokens per second of models in the engine, under a queue of requests. Every arm and peer runs in\n"
+        "each round, so that ratios are of one run. A table, and one line of JSON last.",
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    _add_models(throughput)
+    _add_workload(throughput)
+    _add_measurement(throughput)
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dimensions", default="small", metavar="D", help="tiny, small (default), 135m, 360m, ...")
+    parser.add_argument(
+        "--arms",
+        type=_names,
+        default="vanilla,mor-3",
+        metavar="A,B,...",
+        help="vanilla, vanilla-R (as many layers as R recursions need), recursive-R, mor-R,\n"
+        "mor-R-token; the last three may add -shared or -hybrid (default vanilla,mor-3)",
+    )
+    parser.add_argument(
+        "--mean-depth", type=depth_list, metavar="M,...", help="of MoR arms; with --model a list to try"
+    )
+    parser.add_argument(
+        "--routing",
+        choices=("calibrated", "random"),
+        default="calibrated",
+        help="depths of MoR arms: their own random router with calibrated thresholds,\n"
+        "or random by place at exact shares (token-choice is always calibrated)",
+    )
+    parser.add_argument(
+        "--model", action="append", metavar="PATH", help="a trained run instead of --arms; may be repeated"
+    )
+    parser.add_argument("--data", metavar="PATH", help="held-out text, with --model: quality is measured on it")
+    parser.add_argument("--max-tokens", type=int, default=16384, metavar="N", help="tokens of it to score (16384)")
+    parser.add_argument("--figure", metavar="FILE", help="draw quality against throughput, with --model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    add_device(parser)
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--requests", type=int, default=64, metavar="N", help="requests in the queue (default 64)")
+    parser.add_argument("--prompt", type=int, default=1, metavar="N", help="tokens of a prompt (default 1)")
+    parser.add_argument("--length", type=float, default=256, metavar="N", help="mean tokens to generate (256)")
+    parser.add_argument("--length-sd", type=float, default=64, metavar="S", help="their standard deviation (64)")
+    parser.add_argument("--rates", type=depth_list, default=[], metavar="R,...", help="Poisson arrivals per second")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_measurement(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--concurrency", default="16", metavar="N", help="sequences at a time, or best (default 16)")
+    parser.add_argument(
+        "--pool", default="fit", metavar="P", help="memory of keys and values: fit, 2GiB, or 32seq (vanilla sequences)"
+    )
+    parser.add_argument(
+        "--peers",
+        type=_names,
+        default=(),
+        metavar="P,...",
+        help="also measure generate, generate-1 (one by one), llama-dynamic, llama-static",
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default 3")
+    parser.add_argument("--warmup-tokens", type=int, default=8, metavar="N", help="per sequence, not counted (8)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: greedy (default 1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch on a CPU")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mor.benchmark.peers import check_peers
+    from mor.benchmark.throughput import measure
+    from mor.show.machine import describe_machine
+    from mor.show.terminal import make_console
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    check_peers(arguments.peers)
+    options, notes = _options(arguments), make_console(stderr=True)
+    arms, rows = _arms(arguments)
+    workload = _workload(arguments, arms, rows)
+    results = measure(arms, workload, options, report=lambda line: notes.print(line, highlight=False, soft_wrap=True))
+    machine = describe_machine(arms[0].model.device)
+    _print(arguments, machine, results, rows)
+
+
+def _options(arguments: argparse.Namespace) -> ThroughputOptions:
+    from mor.benchmark.throughput import ThroughputOptions
+
+    if arguments.concurrency != "best" and not arguments.concurrency.isdecimal():
+        raise ValueError(f"--concurrency {arguments.concurrency!r} is neither a number nor best")
+    return ThroughputOptions(
+        concurrency=None if arguments.concurrency == "best" else int(arguments.concurrency),
+        pool=arguments.pool,
+        warmup_tokens=arguments.warmup_tokens,
+        rounds=arguments.rounds,
+        rates=tuple(arguments.rates),
+        peers=tuple(arguments.peers),
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
+
+
+def _arms(arguments: argparse.Namespace) -> tuple[list[Arm], list[Any]]:
+    """The arms, and with --model the held-out rows."""
+    import torch
+
+    from mor.benchmark.arms import build_arm
+    from mor.benchmark.pareto import load_arms
+
+    if arguments.model:
+        return _trained(arguments, load_arms)
+    if arguments.data or arguments.figure:
+        raise ValueError("--data and --figure are about quality and need --model")
+    if arguments.mean_depth and len(arguments.mean_depth) > 1:
+        raise ValueError(f"--mean-depth {arguments.mean_depth} is a list, which needs --model")
+    device = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
+    settings: dict[str, Any] = dict(
+        mean_depth=arguments.mean_depth[0] if arguments.mean_depth else None,
+        routing=arguments.routing,
+        max_length=max(256, arguments.prompt + int(2 * arguments.length)),
+        device=device,
+        dtype=getattr(torch, dtype),
+    )
+    return [build_arm(name, arguments.dimensions, **settings) for name in arguments.arms], []
+
+
+def _trained(arguments: argparse.Namespace, load_arms: Any) -> tuple[list[Arm], list[Any]]:
+    from mor.evaluate.text import open_rows
+
+    if not arguments.data:
+        raise ValueError("--model needs --data: held-out text to begin prompts with and to measure quality on")
+    arms = [arm for path in arguments.model for arm in load_arms(path, arguments.mean_depth, device=arguments.device)]
+    length = min(arm.model.config.max_position_embeddings for arm in arms)
+    rows = open_rows(
+        arguments.data, arms[0].tokenizer, batch_size=4, sequence_length=length, max_tokens=arguments.max_tokens
+    )
+    return arms, list(rows)
+
+
+def _workload(arguments: argparse.Namespace, arms: list[Arm], rows: list[Any]) -> Workload:
+    from mor.benchmark.workload import random_workload, text_workload
+
+    shape: dict[str, Any] = dict(
+        num_requests=arguments.requests,
+        prompt_tokens=arguments.prompt,
+        mean=arguments.length,
+        deviation=arguments.length_sd,
+        seed=arguments.seed,
+    )
+    if rows:
+        return text_workload([row for batch in rows for row in batch.tolist()], **shape)
+    return random_workload(vocab_size=arms[0].model.config.vocab_size, **shape)
+
+
+def _print(arguments: argparse.Namespace, machine: dict[str, str], results: list[Any], rows: list[Any]) -> None:
+    from mor.benchmark.summary import INSIDE, LATENCY, QUALITY, SPEED, latency_lines, lines, table
+    from mor.files import write_text
+    from mor.show.terminal import make_console
+
+    console = make_console()
+    if not console.is_terminal:
+        console.width = 140  # a log has room for all columns
+    said, latencies = lines(results), latency_lines(results)
+    console.print(table(said, SPEED))
+    console.print(table([line for line in said if "visits" in line], INSIDE))
+    for result in results:
+        console.print(f"{result.arm.name}: depths {result.arm.routing}", highlight=False, soft_wrap=True)
+    if latencies:
+        console.print(table(latencies, LATENCY))
+    points: list[Any] = []
+    if rows:
+        from mor.benchmark.pareto import measure_points, pareto_figure
+
+        points = measure_points(results, rows)
+        console.print(table(points, QUALITY))
+        if arguments.figure:
+            write_text(Path(arguments.figure), pareto_figure(points))
+    asked = {name: value for name, value in vars(arguments).items() if name not in ("action", "overrides")}
+    found = dict(arms=said, latencies=latencies, quality=points, routing={r.arm.name: r.arm.routing for r in results})
+    print(json.dumps(dict(benchmark="throughput", machine=machine, options=asked, **found)))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))

@@ -1,0 +1,116 @@
+"""The keys and values of all requests in one pool of pages.
+
+A page is a fixed number of bytes and belongs to one virtual sequence of one request: to a recursion, whose block layers
+it holds, or to the unshared first and last layers. With fewer layers a page holds more entries.
+
+Legend: N rows, P entries of a page, L entries of a row, G key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mor.engine.cache_shape import CacheShape
+from mor.model.configuration_mor import MorConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageLayout:
+    """How a model's virtual sequences fill pages of `elements` numbers each.
+
+    Sequences 0..R-1 are the recursions; R is that of the unshared layers, if there are any.
+    """
+
+    num_outer: int
+    block_size: int
+    page_entries: int
+    heads: int
+    head_size: int
+    shape: CacheShape
+
+    @classmethod
+    def of(cls, config: MorConfig, page_entries: int) -> PageLayout:
+        """Pages of `page_entries` entries of a recursion."""
+        if page_entries < 1:
+            raise ValueError(f"page_entries={page_entries} must be at least 1")
+        plan = config.depth_plan
+        recursions, outer = plan.num_recursions, plan.num_outer
+        entries = [page_entries] * recursions
+        everything = [recursion == 0 and config.kv_cache != "recursion" for recursion in range(recursions)]
+        written = [recursion == 0 or config.kv_cache != "shared" for recursion in range(recursions)]
+        if outer:
+            entries.append(max(1, page_entries * plan.block_size // (2 * outer)))
+            everything.append(True)
+            written.append(True)
+        shape = CacheShape(
+            num_recursions=recursions,
+            tokens_per_page=tuple(entries),
+            holds_all=tuple(everything),
+            written=tuple(written),
+            one_visit=plan.is_sequence,
+        )
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        return cls(
+            num_outer=outer,
+            block_size=plan.block_size,
+            page_entries=page_entries,
+            heads=config.num_key_value_heads,
+            head_size=config.head_dim,
+            shape=shape,
+        )
+
+    @property
+    def outer_entries(self) -> int:
+        """Entries of a page of the unshared layers; 0 without any."""
+        return self.shape.tokens_per_page[-1] if self.num_outer else 0
+
+    @property
+    def elements(self) -> int:
+        """Numbers in a page."""
+        entry = 2 * self.heads * self.head_size
+        return entry * max(self.page_entries * self.block_size, self.outer_entries * 2 * self.num_outer)
+
+    def page_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a page."""
+        return self.elements * dtype.itemsize
+
+
+class KvStore:
+    """The pool. `block_layers` and `outer_layers` are views of it: keys and values (pages, P, G, E) of each layer."""
+
+    def __init__(self, layout: PageLayout, num_pages: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.layout = layout
+        # One page more than are given out, the blank one: always 0, so that it can stand for pages that nobody sees.
+        self._pool = torch.zeros(num_pages + 1, layout.elements, device=device, dtype=dtype)
+        # Which token of its request each entry of a recursion is: hybrid caches lay entries over the first recursion's.
+        self.numbers = torch.zeros(num_pages + 1, layout.page_entries, device=device, dtype=torch.int64)
+        self.block_layers = self._views(layout.block_size, layout.page_entries)
+        self.outer_layers = self._views(2 * layout.num_outer, layout.outer_entries)
+
+    def _views(self, num_layers: int, entries: int) -> list[tuple[Tensor, Tensor]]:
+        shape = num_layers, 2, entries, self.layout.heads, self.layout.head_size
+        size = num_layers * 2 * entries * self.layout.heads * self.layout.head_size
+        pages = self._pool[:, :size].unflatten(1, shape) if num_layers else self._pool.new_empty(0)
+        return [(pages[:, layer, 0], pages[:, layer, 1]) for layer in range(num_layers)]
+
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        """Set pages to 0, as a new owner must: what it does not see yet is multiplied by 0, which NaN survives."""
+        if pages:
+            self._pool[list(pages)] = 0
+
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole pages."""
+        if sources:
+            self._pool[list(targets)] = self._pool[list(sources)]
+            self.numbers[list(targets)] = self.numbers[list(sources)]
+
+
+def gather_entries(pages_XPGE: Tensor, table_NX: Tensor) -> Tensor:
+    """The entries (N, L, G, E) of rows whose page numbers are `table_NX`, in order; L is a whole number of pages."""
+    rows, width = table_NX.shape
+    pages = pages_XPGE.flatten(1).index_select(0, table_NX.flatten())  # copies whole pages, as plain indexing does not
+    return pages.view(rows, width * pages_XPGE.shape[1], *pages_XPGE.shape[2:])

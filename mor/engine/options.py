@@ -1,0 +1,49 @@
+"""Options of an engine: its memory, and how much it does at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How large and how much at once.
+
+    Args:
+        page_entries: entries of a page at one recursion.
+        num_pages: pages of the pool. None: as many as `kv_memory_gib` holds.
+        kv_memory_gib: memory of the pool. None: on CUDA `memory_share` of what is free once the model is loaded, on a
+            CPU 1 GiB.
+        memory_share: see `kv_memory_gib`.
+        max_requests: requests that run at a time; others wait.
+        max_visit_tokens: tokens that one visit applies the block to.
+        prefill_chunk: tokens of a prompt that enter together.
+        max_length: tokens of a prompt and its output together. None: the model's own limit.
+        prefix_caching: keep the keys and values of prompts for requests that begin alike.
+        seed: of the seeds that requests without one get.
+    """
+
+    page_entries: int = 16
+    num_pages: int | None = None
+    kv_memory_gib: float | None = None
+    memory_share: float = 0.85
+    max_requests: int = 256
+    max_visit_tokens: int = 512
+    prefill_chunk: int = 256
+    max_length: int | None = None
+    prefix_caching: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("page_entries", "num_pages", "max_requests", "max_visit_tokens", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(
+                f"max_length={self.max_length} must be at least 2: a token of a prompt and one of an output"
+            )
+        if self.kv_memory_gib is not None and not self.kv_memory_gib > 0:
+            raise ValueError(f"kv_memory_gib={self.kv_memory_gib} must be positive")
+        if not 0 < self.memory_share <= 1:
+            raise ValueError(f"memory_share={self.memory_share} must lie in (0, 1]")

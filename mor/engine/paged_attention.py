@@ -1,0 +1,157 @@
+"""Attention of the rows of a visit over pages: the plain version, which gathers what it reads.
+
+A row is a token. Rows of one segment stand together and share their pages; a row sees the entries of one virtual
+sequence up to a last one of its own.
+
+Legend: M rows of the visit, N rows of a group, X pages of a row, P entries of a page, L entries read, H query heads, G
+key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mor.engine.kv_store import gather_entries
+
+Layer = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Rows `start`..`stop` of one segment at one recursion.
+
+    `pages`: of the virtual sequence that is read. `last`: for each row, the last entry that it sees. `own_pages`,
+    `own_entries`: under hybrid caching, pages of this recursion's own sequence and how many entries it has, which are
+    laid over those that are read.
+    """
+
+    start: int
+    stop: int
+    pages: Sequence[int]
+    last: Sequence[int]
+    own_pages: Sequence[int] = ()
+    own_entries: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writes:
+    """Where new entries go: rows, and page and place in the page of each."""
+
+    row_N: Tensor
+    page_N: Tensor
+    place_N: Tensor
+
+    def put(self, layer: Layer, key_NGE: Tensor, value_NGE: Tensor) -> None:
+        """Write a layer's keys and values of these rows, in their order."""
+        for pages, new in zip(layer, (key_NGE, value_NGE), strict=True):
+            pages[self.page_N, self.place_N] = new.to(pages.dtype)
+
+
+class PagedScope:
+    """What all rows of a visit see; made once and used by all layers.
+
+    `numbers`: which token of its request each entry of a recursion's page is (pages, P).
+    """
+
+    def __init__(self, spans: Sequence[Span], page_entries: int, numbers: Tensor) -> None:
+        self._groups = [_Group.of(spans, page_entries, numbers) for spans in _grouped(spans)]
+        rows = [row for group in self._groups for row in group.rows]
+        is_ordered = all(row == place for place, row in enumerate(rows))
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        self._order_M = None if is_ordered else torch.tensor(order, device=numbers.device)
+
+    def attend(self, query_MHE: Tensor, layer: Layer) -> Tensor:
+        """The heads' outputs (M, H, E)."""
+        outs = [group.attend(query_MHE, layer) for group in self._groups]
+        out_MHE = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out_MHE if self._order_M is None else out_MHE[self._order_M]
+
+
+def _grouped(spans: Sequence[Span]) -> Iterator[list[Span]]:
+    """Spans of one row together, longer ones alone."""
+    single = [span for span in spans if span.stop - span.start == 1]
+    if single:
+        yield single
+    for span in spans:
+        if span.stop - span.start > 1:
+            yield [span]
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """Spans with as many rows each."""
+
+    rows: list[int]
+    num_spans: int
+    row_M: Tensor | None
+    table_NX: Tensor
+    mask_N1KL: Tensor
+    own: _Own | None = None
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], page_entries: int, numbers: Tensor) -> _Group:
+        device = numbers.device
+        length = max(max(span.last) for span in spans) + 1
+        width = -(-length // page_entries)
+        last_NK = torch.tensor([list(span.last) for span in spans], device=device)
+        seen = torch.arange(width * page_entries, device=device) <= last_NK[..., None]
+        rows = [row for span in spans for row in range(span.start, span.stop)]
+        is_run = rows[-1] - rows[0] == len(rows) - 1
+        return cls(
+            rows=rows,
+            num_spans=len(spans),
+            row_M=None if is_run else torch.tensor(rows, device=device),
+            table_NX=_table([span.pages[: max(span.last) // page_entries + 1] for span in spans], width, numbers),
+            mask_N1KL=seen[:, None],
+            own=_Own.of(spans, page_entries, numbers) if any(span.own_entries for span in spans) else None,
+        )
+
+    def attend(self, query_MHE: Tensor, layer: Layer) -> Tensor:
+        key_NLGE, value_NLGE = (gather_entries(pages, self.table_NX) for pages in layer)
+        if self.own is not None:
+            key_NLGE, value_NLGE = self.own.lay_over(key_NLGE, layer[0]), self.own.lay_over(value_NLGE, layer[1])
+        rows = slice(self.rows[0], self.rows[-1] + 1) if self.row_M is None else self.row_M
+        query_NHKE = query_MHE[rows].unflatten(0, (self.num_spans, -1)).transpose(1, 2)
+        out_NHKE = F.scaled_dot_product_attention(
+            query_NHKE,
+            key_NLGE.transpose(1, 2).to(query_MHE.dtype),
+            value_NLGE.transpose(1, 2).to(query_MHE.dtype),
+            attn_mask=self.mask_N1KL,
+            enable_gqa=query_MHE.shape[1] != key_NLGE.shape[2],
+        )
+        return out_NHKE.transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(kw_only=True)
+class _Own:
+    """Entries of the rows' own recursions, and which of the entries that are read each replaces."""
+
+    table_NX: Tensor
+    place_NL: Tensor = field(repr=False)
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], page_entries: int, numbers: Tensor) -> _Own:
+        width = -(-max(span.own_entries for span in spans) // page_entries)
+        table_NX = _table([span.own_pages for span in spans], width, numbers)
+        count_N = torch.tensor([span.own_entries for span in spans], device=numbers.device)
+        absent_NL = torch.arange(width * page_entries, device=numbers.device) >= count_N[:, None]
+        return cls(table_NX=table_NX, place_NL=numbers[table_NX].flatten(1).masked_fill(absent_NL, -1))
+
+    def lay_over(self, first_NLGE: Tensor, pages_XPGE: Tensor) -> Tensor:
+        own_NLGE = gather_entries(pages_XPGE, self.table_NX)
+        beyond = first_NLGE.shape[1]
+        place_NL = torch.where((self.place_NL < 0) | (self.place_NL >= beyond), beyond, self.place_NL)
+        padded = F.pad(first_NLGE, (0, 0, 0, 0, 0, 1))
+        return padded.scatter(1, place_NL[..., None, None].expand_as(own_NLGE), own_NLGE)[:, :beyond]
+
+
+def _table(pages: Sequence[Sequence[int]], width: int, numbers: Tensor) -> Tensor:
+    """Page numbers (N, X), filled up with the blank page, the last one."""
+    blank = len(numbers) - 1
+    rows = [[*each[:width], *[blank] * (width - len(each))] for each in pages]
+    return torch.tensor(rows, dtype=torch.int64, device=numbers.device)

@@ -1,0 +1,102 @@
+"""What a caller asks of one generation: length, sampling, stopping and the depth to spend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Budget = tuple[float | None, int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to generate. Raises ValueError naming the field, its value and what would be right.
+
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `stop`: strings that end the text (one string
+    is accepted). `logprobs`: None for none, 0 for the chosen token's, k for the k most probable ones' too.
+    `mean_depth`: block applications per token to aim at, between 1 and the model's recursions; None is the model's
+    default. `max_recursions`: no token takes more. `n`: samples per prompt; their seeds are `seed`, `seed + 1`, ...
+    """
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    mean_depth: float | None = None
+    max_recursions: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_lengths()
+        self._check_sampling()
+        self._check_stops()
+        self._check_depth()
+
+    def _check_lengths(self) -> None:
+        self._whole("max_tokens", 1)
+        self._whole("min_tokens", 0)
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
+        self._whole("n", 1)
+        if self.n > 1 and self.is_greedy:
+            raise ValueError(f"n={self.n} with temperature=0 gives {self.n} equal outputs; use n=1 or a temperature")
+
+    def _check_sampling(self) -> None:
+        self._number("temperature", self.temperature >= 0, "0 (greedy) or more")
+        self._whole("top_k", 0)
+        self._number("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
+        self._number("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1")
+        self._number("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is off)")
+        self._number("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2 (0 is off)")
+        self._number("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2 (0 is off)")
+        self._whole("seed", 0, optional=True)
+        self._whole("logprobs", 0, optional=True)
+
+    def _check_stops(self) -> None:
+        if not _all_of(self.stop, str) or "" in self.stop:
+            raise ValueError(f"stop={self.stop!r} must hold strings that are not empty")
+        if not _all_of(self.stop_token_ids, int) or any(token < 0 for token in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids={self.stop_token_ids!r} must hold token ids of 0 or more")
+
+    def _check_depth(self) -> None:
+        if self.mean_depth is not None:
+            self._number("mean_depth", self.mean_depth >= 1, "between 1 and the model's recursions, or None")
+        self._whole("max_recursions", 1, optional=True)
+
+    def _whole(self, name: str, least: int, *, optional: bool = False) -> None:
+        value: object = getattr(self, name)
+        if value is None and optional:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}{', or None' * optional}")
+
+    def _number(self, name: str, holds: bool, right: str) -> None:
+        value: float = getattr(self, name)
+        if not holds or not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be {right}")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def budget(self) -> Budget:
+        """What decides the depths of given tokens: prefixes are shared between requests of one budget only."""
+        return self.mean_depth, self.max_recursions
+
+
+def _all_of(values: Iterable[object], kind: type) -> bool:
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)

@@ -1,0 +1,344 @@
+"""All work on the device: tokens enter, take one recursion per visit, and leave.
+
+Tokens that entered in the same visit form a cohort: rows of one token each, which the model's own router sees as a
+batch. A visit applies the block once to the active rows of all cohorts, whatever recursion each is at.
+
+Legend: N rows of a cohort, M rows of a visit, D hidden size, H query heads, G key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from mor.engine.budgets import Budgets
+from mor.engine.kv_store import KvStore, PageLayout
+from mor.engine.paged_attention import Layer, PagedScope, Span, Writes
+from mor.engine.request import Segment, SegmentResult
+from mor.model.layers import MorDecoderLayer
+from mor.model.modeling_mor import MorForCausalLM
+from mor.model.routing import Choice, Route, RoutingInput, Visit
+from mor.model.token_set import TokenSet
+
+
+@dataclass(kw_only=True)
+class Cohort:
+    """Segments that entered together; their tokens are rows, one after another.
+
+    `stream_ND`: the residual stream. `x_ND`: the input of the next recursion. `active_N`: which rows take it.
+    """
+
+    segments: list[Segment]
+    number_N: Tensor
+    limit_N: Tensor
+    stream_ND: Tensor
+    x_ND: Tensor
+    active_N: Tensor
+    depth_N: Tensor
+    route: Route | None = None
+    choice: Choice | None = None
+    recursion: int = 0
+
+    def slices(self) -> Iterable[tuple[Segment, slice]]:
+        """Each segment's rows."""
+        start = 0
+        for segment in self.segments:
+            yield segment, slice(start, start + segment.count)
+            start += segment.count
+
+
+@dataclass(kw_only=True)
+class _Batch:
+    """Rows of a visit: what they see, where their keys and values go, and their rotary positions (1, M, E)."""
+
+    scope: PagedScope
+    writes: Writes
+    cos_1ME: Tensor
+    sin_1ME: Tensor
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """Rows of one segment in a visit: their numbers among its request's tokens, and the recursion they take (None: the
+    unshared layers)."""
+
+    segment: Segment
+    numbers: list[int]
+    recursion: int | None
+
+
+class Runner:
+    """Runs segments of requests on a model. Logits of requests' last tokens wait in `take_logits`."""
+
+    def __init__(self, model: MorForCausalLM, layout: PageLayout, store: KvStore) -> None:
+        self.layout, self.store = layout, store
+        self._lm_head, self._model = model.lm_head, model.model
+        self._plan, self._policy = model.config.depth_plan, model.config.kv_cache
+        self.budgets = Budgets(model.model.recursion.router, self._plan)
+        self._cohorts: list[Cohort] = []
+        self._logits: dict[int, Tensor] = {}
+
+    @property
+    def _device(self) -> torch.device:
+        return self.store.numbers.device
+
+    @torch.inference_mode()
+    def visit(self, segments: Sequence[Segment]) -> list[SegmentResult]:
+        """Take every segment one visit further. Segments in flight that are not listed are forgotten."""
+        self._forget({id(segment) for segment in segments})
+        added = {id(segment): [0] * len(self.layout.shape.tokens_per_page) for segment in segments}
+        entering = [segment for segment in segments if not segment.entered]
+        if entering:
+            self._cohorts.append(self._enter(entering, added))
+        for cohorts in self._ready():
+            self._apply_block(cohorts, added)
+        results = {}
+        for cohort in self._cohorts:
+            active, depth = cohort.active_N.tolist(), cohort.depth_N.tolist()
+            for segment, rows in cohort.slices():
+                left = sum(active[rows])
+                results[id(segment)] = SegmentResult(
+                    added=tuple(added.get(id(segment), ())), active=left, depths=() if left else tuple(depth[rows])
+                )
+        self._leave({id(segment) for segment in segments if not results[id(segment)].active})
+        return [results[id(segment)] for segment in segments]
+
+    def take_logits(self, segment: Segment) -> Tensor | None:
+        """Logits (V,) in float32 after the request's last token, if the segment is done and ended with it."""
+        return self._logits.pop(id(segment), None)
+
+    def forget(self) -> None:
+        """Drop every segment in flight: after a visit that broke off, nobody knows how far each came."""
+        self._cohorts, self._logits = [], {}
+
+    def _forget(self, kept: set[int]) -> None:
+        for cohort in self._cohorts:
+            for segment, rows in cohort.slices():
+                if id(segment) not in kept:
+                    cohort.active_N[rows] = False
+        self._cohorts = [c for c in self._cohorts if any(id(segment) in kept for segment in c.segments)]
+
+    def _enter(self, segments: list[Segment], added: dict[int, list[int]]) -> Cohort:
+        """Embedding, first layers, and the router's first decision."""
+        works, ids = [], []
+        for segment in segments:
+            stop = segment.start + segment.count
+            works.append(_Work(segment=segment, numbers=list(range(segment.start, stop)), recursion=None))
+            ids += segment.tokens
+        x_ND = self._model.embed_tokens(torch.tensor(ids, device=self._device))
+        if self._plan.num_outer:
+            x_ND = self._outer_layers(self._model.first_layers, x_ND, works, first=0)
+            for segment in segments:
+                added[id(segment)][-1] += segment.count
+        budgets = [(s.request.params.mean_depth, s.request.params.max_recursions) for s in segments]
+        counts = torch.tensor([segment.count for segment in segments], device=self._device)
+        limits = torch.tensor([self.budgets.limit(budget) for budget in budgets], device=self._device)
+        cohort = Cohort(
+            segments=segments,
+            number_N=torch.tensor([n for work in works for n in work.numbers], device=self._device),
+            limit_N=limits.repeat_interleave(counts),
+            stream_ND=x_ND,
+            x_ND=x_ND,
+            active_N=torch.ones(len(ids), dtype=torch.bool, device=self._device),
+            depth_N=torch.zeros(len(ids), dtype=torch.int64, device=self._device),
+        )
+        router = self._model.recursion.router
+        if router is not None:
+            rule = self.budgets.rule([b for b, s in zip(budgets, segments, strict=True) for _ in range(s.count)])
+            inputs = RoutingInput(x_BTD=x_ND[:, None], tokens=TokenSet(), number_BT=cohort.number_N[:, None], rule=rule)
+            cohort.route = router.begin(inputs)
+        self._choose(cohort)
+        return cohort
+
+    def _choose(self, cohort: Cohort) -> None:
+        """Which rows take the cohort's next recursion."""
+        if cohort.recursion == self._plan.num_recursions:
+            cohort.active_N = torch.zeros_like(cohort.active_N)
+            return
+        chosen_N = cohort.active_N & (cohort.recursion < cohort.limit_N)
+        if cohort.route is not None and bool(chosen_N.any()):
+            alive = TokenSet(valid_BK=cohort.active_N[:, None])
+            cohort.choice = cohort.route.choose(cohort.recursion, cohort.x_ND[:, None], alive)
+            chosen_N &= cohort.choice.chosen.mask(cohort.active_N[:, None].shape, self._device)[:, 0]
+        cohort.active_N = chosen_N
+
+    def _ready(self) -> Iterable[list[Cohort]]:
+        """Cohorts whose rows go through the block together."""
+        ready = [c for c in self._cohorts if bool(self._running(c).any())]
+        return [ready] if ready else []
+
+    def _running(self, cohort: Cohort) -> Tensor:
+        """Rows that go through the block. Where the first recursion's keys and values serve all tokens, all take it."""
+        if cohort.recursion == 0 and self._policy != "recursion":
+            return torch.ones_like(cohort.active_N)
+        return cohort.active_N
+
+    def _apply_block(self, cohorts: list[Cohort], added: dict[int, list[int]]) -> None:
+        masks = [self._running(cohort) & self._is_kept(cohort, added) for cohort in cohorts]
+        x_MD = torch.cat([cohort.x_ND[mask] for cohort, mask in zip(cohorts, masks, strict=True)])
+        recursions = range(self._plan.num_recursions) if self._plan.is_sequence else [None]
+        batches = {}
+        for recursion in recursions:
+            works = [w for c, mask in zip(cohorts, masks, strict=True) for w in self._works(c, mask, recursion)]
+            for work in works:
+                assert work.recursion is not None
+                if self.layout.shape.written[work.recursion]:
+                    added[id(work.segment)][work.recursion] += len(work.numbers)
+            batches[recursion] = self._batch(works, x_MD)
+        for layer, recursion in self._block_order():
+            block_layer = cast(MorDecoderLayer, self._model.recursion.block[layer])
+            x_MD = self._layer(block_layer, x_MD, batches[recursion], self.store.block_layers[layer])
+        ys = x_MD.split([int(mask.sum()) for mask in masks])
+        for cohort, mask, y_KD in zip(cohorts, masks, ys, strict=True):
+            self._merge(cohort, mask, y_KD)
+
+    def _is_kept(self, cohort: Cohort, added: dict[int, list[int]]) -> Tensor:
+        kept_N = torch.zeros_like(cohort.active_N)
+        for segment, rows in cohort.slices():
+            kept_N[rows] = id(segment) in added
+        return kept_N
+
+    def _block_order(self) -> list[tuple[int, int | None]]:
+        """Layers of the block in a visit, with the recursion each runs at: the rows' own (None) where blocks repeat as
+        a whole, every one in turn where layers repeat in place."""
+        if not self._plan.is_sequence:
+            return [(layer, None) for layer in range(self._plan.block_size)]
+        return [(step.block_layer, step.recursion) for step in self._plan.block_steps]  # type: ignore[misc]
+
+    def _works(self, cohort: Cohort, mask_N: Tensor, recursion: int | None) -> Iterable[_Work]:
+        numbers, mask = cohort.number_N.tolist(), mask_N.tolist()
+        for segment, rows in cohort.slices():
+            chosen = [n for n, taken in zip(numbers[rows], mask[rows], strict=True) if taken]
+            if chosen:
+                at = cohort.recursion if recursion is None else recursion
+                yield _Work(segment=segment, numbers=chosen, recursion=at)
+
+    def _merge(self, cohort: Cohort, ran_N: Tensor, y_KD: Tensor) -> None:
+        """Bring the block's output back into the stream, and decide who goes on."""
+        y_ND = torch.zeros_like(cohort.x_ND)
+        y_ND[ran_N] = y_KD
+        active_N1 = cohort.active_N[:, None]
+        if cohort.route is None:
+            cohort.stream_ND = cohort.x_ND = torch.where(active_N1, y_ND, cohort.x_ND)
+        elif bool(active_N1.any()):
+            assert cohort.choice is not None
+            visit = Visit(
+                x_BKD=cohort.x_ND[:, None],
+                y_BKD=y_ND[:, None],
+                gate_BK=cohort.choice.gate_BK,
+                active=TokenSet(valid_BK=active_N1),
+            )
+            stream, x = cohort.route.merge(cohort.recursion, cohort.stream_ND[:, None], visit)
+            cohort.stream_ND, cohort.x_ND = stream[:, 0], x[:, 0]
+        taken = self._plan.num_recursions if self._plan.is_sequence else 1
+        cohort.depth_N = cohort.depth_N + taken * cohort.active_N
+        cohort.recursion += taken
+        self._choose(cohort)
+
+    def _leave(self, finished: set[int]) -> None:
+        """Last layers and norm of finished segments, and logits where a request's last known token is among them."""
+        works, streams = [], []
+        for cohort in self._cohorts:
+            for segment, rows in cohort.slices():
+                if id(segment) in finished:
+                    numbers = list(range(segment.start, segment.start + segment.count))
+                    works.append(_Work(segment=segment, numbers=numbers, recursion=None))
+                    streams.append(cohort.stream_ND[rows])
+        if not works:
+            return
+        x_ND = torch.cat(streams)
+        if self._plan.num_outer:
+            x_ND = self._outer_layers(self._model.last_layers, x_ND, works, first=self._plan.num_outer)
+        row = -1
+        last: list[tuple[int, int]] = []
+        for work in works:
+            row += work.segment.count
+            if work.segment.needs_head:
+                last.append((id(work.segment), row))
+        if last:
+            hidden_ND = self._model.normed(x_ND[[row for _, row in last]])
+            logits_NV = self._lm_head(hidden_ND).float()
+            self._logits |= {key: logits_V for (key, _), logits_V in zip(last, logits_NV, strict=True)}
+
+    def _outer_layers(self, layers: nn.ModuleList, x_ND: Tensor, works: list[_Work], *, first: int) -> Tensor:
+        batch = self._batch(works, x_ND, is_new=first == 0)  # last layers write where the first layers did
+        for index, layer in enumerate(layers):
+            x_ND = self._layer(cast(MorDecoderLayer, layer), x_ND, batch, self.store.outer_layers[first + index])
+        return x_ND
+
+    def _batch(self, works: list[_Work], x_MD: Tensor, *, is_new: bool = True) -> _Batch:
+        spans, rows, pages, places, numbers = [], [], [], [], []
+        start = 0
+        for work in works:
+            stop = start + len(work.numbers)
+            spans.append(self._span(work, start, stop))
+            if self._written(work):
+                sequence, entries = self._sequence(work.recursion), self._entries(work)
+                size = self.layout.shape.tokens_per_page[sequence]
+                table = work.segment.request.pages[sequence]
+                rows += range(start, stop)
+                pages += [table[entry // size] for entry in entries]
+                places += [entry % size for entry in entries]
+            numbers += work.numbers
+            start = stop
+        row_N, page_N, place_N, number_M = (
+            torch.tensor(v, dtype=torch.int64, device=self._device) for v in (rows, pages, places, numbers)
+        )
+        if is_new:
+            self.store.clear_pages([page for page, place in zip(pages, places, strict=True) if place == 0])
+        if works[0].recursion is not None:
+            self.store.numbers[page_N, place_N] = number_M[row_N]
+        size = self.layout.shape.tokens_per_page[self._sequence(works[0].recursion)]
+        cos_1ME, sin_1ME = self._model.rotary_emb(x_MD[None], position_ids=number_M[None])
+        return _Batch(
+            scope=PagedScope(spans, size, self.store.numbers),
+            writes=Writes(row_N=row_N, page_N=page_N, place_N=place_N),
+            cos_1ME=cos_1ME,
+            sin_1ME=sin_1ME,
+        )
+
+    def _sequence(self, recursion: int | None) -> int:
+        return self._plan.num_recursions if recursion is None else recursion
+
+    def _written(self, work: _Work) -> bool:
+        return self.layout.shape.written[self._sequence(work.recursion)]
+
+    def _entries(self, work: _Work) -> list[int]:
+        """Which entries of their own sequence the rows become."""
+        if work.recursion is None:
+            return work.numbers
+        have = work.segment.request.lengths[work.recursion]
+        return list(range(have, have + len(work.numbers)))
+
+    def _span(self, work: _Work, start: int, stop: int) -> Span:
+        request, recursion = work.segment.request, work.recursion
+        if not recursion or self._policy == "recursion":
+            pages = request.pages[self._sequence(recursion)]
+            return Span(start=start, stop=stop, pages=pages, last=self._entries(work))
+        if self._policy == "shared":
+            return Span(start=start, stop=stop, pages=request.pages[0], last=work.numbers)
+        own = self._entries(work)[-1] + 1
+        return Span(
+            start=start,
+            stop=stop,
+            pages=request.pages[0],
+            last=work.numbers,
+            own_pages=request.pages[recursion],
+            own_entries=own,
+        )
+
+    def _layer(self, layer: MorDecoderLayer, x_MD: Tensor, batch: _Batch, pages: Layer) -> Tensor:
+        rotary = batch.cos_1ME, batch.sin_1ME
+        if len(batch.writes.row_N) == len(x_MD):
+            query_1MHE, key_1MGE, value_1MGE = layer.before_attention(x_MD[None], *rotary)
+        else:
+            row_N = batch.writes.row_N
+            query_1MHE = layer.queries_alone(x_MD[None], *rotary)
+            _, key_1MGE, value_1MGE = layer.before_attention(x_MD[None, row_N], *(t[:, row_N] for t in rotary))
+        batch.writes.put(pages, key_1MGE[0], value_1MGE[0])
+        out_MHE = batch.scope.attend(query_1MHE[0], pages)
+        return layer.after_attention(x_MD[None], out_MHE[None])[0]

@@ -1,0 +1,351 @@
+"""Who takes part in the next visit, with which pages.
+
+Integers only and deterministic: the same calls give the same plans. First come, first served: requests run in order of
+arrival, and where pages lack the youngest running one gives way, so the oldest always goes on and every request ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mor.engine.block_pool import BlockPool
+from mor.engine.cache_shape import CacheShape
+from mor.engine.prefix_cache import PageCopy, PrefixCache, PrefixNode
+from mor.engine.request import FinishReason, Request, Segment, SegmentResult
+
+
+class QueueFull(RuntimeError):
+    """As many requests wait as may; try again later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much at once.
+
+    `max_requests`: requests that run. `max_visit_tokens`: tokens of a visit; a prefill chunk may exceed it if it is the
+    only one in flight, so that a prompt never waits for other requests' outputs to end. `prefill_chunk`: tokens of a
+    prompt that enter together; chunks end at multiples of it, whatever else runs. `max_length`: tokens of a prompt and
+    its output. `max_waiting`: requests that wait, None for any number.
+    """
+
+    max_requests: int
+    max_visit_tokens: int
+    prefill_chunk: int
+    max_length: int
+    max_waiting: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_requests", "max_visit_tokens", "prefill_chunk", "max_waiting"):
+            value: int | None = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} must be at least 2: one token of prompt, one of output")
+
+    @property
+    def visit_bound(self) -> int:
+        """The most tokens a visit can have."""
+        return max(self.max_visit_tokens, self.max_requests - 1 + self.prefill_chunk)
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """The next visit: make `copies`, then visit all `segments` (in order of arrival).
+
+    No page is both source and target, so the order of the copies does not matter. `preempted`: requests whose segment
+    in flight, if any, is dropped; they will start again from their first token. `num_tokens`: that take the visit.
+    """
+
+    segments: list[Segment] = field(default_factory=list[Segment])
+    preempted: list[Request] = field(default_factory=list[Request])
+    copies: list[PageCopy] = field(default_factory=list[PageCopy])
+    num_tokens: int = 0
+
+
+class Scheduler:
+    """Plans visits: `plan`, run it, `complete` each of its segments, `append` or `finish` where a token was sampled."""
+
+    def __init__(
+        self, *, shape: CacheShape, limits: Limits, pool: BlockPool, prefix_cache: PrefixCache | None = None
+    ) -> None:
+        self.shape, self.limits = shape, limits
+        self._pool, self._prefix_cache = pool, prefix_cache
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._live: dict[str, Request] = {}
+        self._num_added = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """In order of arrival."""
+        return tuple(self._running)
+
+    @property
+    def waiting(self) -> Sequence[Request]:
+        """In order of arrival."""
+        return tuple(self._waiting)
+
+    def most_output(self, request: Request) -> int:
+        """Tokens after which a request must be finished for its length."""
+        return min(request.params.max_tokens, self.limits.max_length - len(request.prompt))
+
+    def add(self, request: Request) -> None:
+        """Queue a new request. Raises ValueError naming the limit it exceeds, QueueFull for `max_waiting`."""
+        self._check(request)
+        if self.limits.max_waiting is not None and len(self._waiting) >= self.limits.max_waiting:
+            raise QueueFull(f"request {request.id!r} refused: max_waiting={self.limits.max_waiting} requests wait")
+        request.arrival = self._num_added
+        self._num_added += 1
+        self._clear_pages(request)
+        self._live[request.id] = request
+        self._waiting.append(request)
+
+    def _check(self, request: Request) -> None:
+        name, size = f"request {request.id!r}", len(request.prompt)
+        if request.id in self._live:
+            raise ValueError(f"{name} is already being generated; ids of live requests must differ")
+        assert request.state == "waiting" and not request.output
+        if not size:
+            raise ValueError(f"{name} has an empty prompt; at least one token is needed")
+        if size > self.limits.max_length - 1:
+            raise ValueError(
+                f"{name} has a prompt of {size} tokens; max_length={self.limits.max_length} leaves room for at most "
+                f"{self.limits.max_length - 1} and one of output"
+            )
+        computed = size + self.most_output(request) - 1  # the last output is sampled and never computed
+        needed = self.shape.worst_pages(computed)
+        if needed > self._pool.num_pages:
+            fit = self.shape.most_tokens(self._pool.num_pages) + 1 - size
+            advice = f"lower max_tokens to {fit}" if fit > 0 else "shorten the prompt"
+            raise ValueError(
+                f"{name} may need {needed} pages for {size} tokens of prompt and {self.most_output(request)} of "
+                f"output, and num_pages={self._pool.num_pages}; {advice}, or give the pool more memory"
+            )
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now, wherever it is; its pages are free at once. False if none of this id is live."""
+        request = self._live.get(request_id)
+        if request is not None:
+            self.finish(request, "abort")
+        return request is not None
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a live request. What it computed serves others, unless it was aborted or failed."""
+        assert request.state != "finished", f"request {request.id!r} is finished already"
+        del self._live[request.id]
+        if request.state == "waiting":
+            self._waiting.remove(request)
+        else:
+            self._running.remove(request)
+            if self._prefix_cache is not None and reason in ("stop", "length"):
+                self._prefix_cache.insert(request)
+        request.state, request.finish_reason = "finished", reason
+        self._release(request)
+
+    def append(self, request: Request, token: int) -> None:
+        """Add a sampled token to a running request; its segment may enter at the next plan."""
+        assert request.state == "running" and request.segment is None and request.num_computed == request.num_known
+        assert len(request.output) < self.most_output(request), f"request {request.id!r} should have been finished"
+        request.output.append(token)
+
+    def complete(self, segment: Segment, result: SegmentResult) -> bool:
+        """Enter what a visit did to a segment. False, and nothing is done, if the segment was dropped meanwhile."""
+        request = segment.request
+        if request.segment is not segment:
+            return False
+        assert 0 <= result.active <= segment.active and len(result.added) == self.shape.num_sequences
+        for sequence, added in enumerate(result.added):
+            request.lengths[sequence] += added
+        for sequence in self.shape.growing[segment.recursion]:
+            self._give_back(request, sequence)
+        segment.recursion, segment.active = segment.recursion + 1, result.active
+        if not segment.active:
+            self._end(segment, result.depths)
+        assert not segment.active or segment.recursion < len(self.shape.growing), "a token took too many recursions"
+        return True
+
+    def _give_back(self, request: Request, sequence: int) -> None:
+        """Free the pages of a sequence beyond its entries."""
+        pages, length = request.pages[sequence], request.lengths[sequence]
+        used = self.shape.pages(sequence, length)
+        assert used <= len(pages), f"{length} entries of sequence {sequence} exceed its {len(pages)} pages"
+        while len(pages) > used:
+            self._pool.release(pages.pop())
+
+    def _end(self, segment: Segment, depths: Sequence[int]) -> None:
+        request = segment.request
+        assert len(depths) == segment.count
+        request.depths += depths
+        request.num_computed += segment.count
+        request.segment = None
+        if self._prefix_cache is not None and request.num_computed == request.prefill:
+            self._prefix_cache.insert(request)
+
+    def plan(self) -> Plan:
+        """Decide the next visit, and take the pages it may fill.
+
+        Segments in flight go on; then the requests that decode enter their next token, then prompts that have begun
+        their next chunk, then new requests are admitted.
+        """
+        plan = Plan(num_tokens=sum(request.segment.active for request in self._running if request.segment))
+        between = [request for request in self._running if request.segment is None]
+        for request in tuple(self._running):
+            if request.segment is not None and not self._reserve(request.segment, plan):
+                self._preempt(request, plan)
+        self._enter(between, plan, prefilling=False)
+        if self._enter(between, plan, prefilling=True) and not plan.preempted:
+            self._admit(plan)
+        plan.segments += [request.segment for request in self._running if request.segment]
+        return plan
+
+    def _enter(self, requests: Sequence[Request], plan: Plan, *, prefilling: bool) -> bool:
+        """Let requests that are ready enter their next segments, in order of arrival; False if one found no room."""
+        for request in requests:
+            if request.is_ready and request.is_prefilling == prefilling:
+                segment = self._next_segment(request)
+                if not self._has_room(segment, plan) or not self._reserve(segment, plan):
+                    return False
+                self._start(segment, plan)
+        return True
+
+    def _next_segment(self, request: Request, start: int | None = None) -> Segment:
+        start, chunk = request.num_computed if start is None else start, self.limits.prefill_chunk
+        return Segment(
+            request=request, start=start, count=min(request.num_known, start - start % chunk + chunk) - start
+        )
+
+    def _has_room(self, segment: Segment, plan: Plan) -> bool:
+        if plan.num_tokens + segment.count <= self.limits.max_visit_tokens:
+            return True
+        is_chunk = segment.start < segment.request.prefill or segment.request.state == "waiting"
+        return is_chunk and not any(request.segment and request.is_prefilling for request in self._running)
+
+    def _start(self, segment: Segment, plan: Plan) -> None:
+        segment.request.segment = segment
+        plan.num_tokens += segment.count
+
+    def _reserve(self, segment: Segment, plan: Plan) -> bool:
+        """Take the pages that a visit of `segment` may fill; False if even younger requests' do not suffice."""
+        request = segment.request
+        wanted: list[tuple[int, int]] = []
+        for sequence in self.shape.growing[segment.recursion]:
+            length = request.lengths[sequence] + segment.active
+            lack = self.shape.pages(sequence, length) - len(request.pages[sequence])
+            if lack > 0:
+                wanted.append((sequence, lack))
+        if wanted and not self._make_room(sum(lack for _, lack in wanted), request, plan):
+            return False
+        for sequence, lack in wanted:
+            request.pages[sequence] += self._pool.take(lack)
+        return True
+
+    def _make_room(self, num_pages: int, request: Request, plan: Plan) -> bool:
+        """Free pages for a running request: prefixes nobody uses, then what younger requests hold."""
+        while not self._evict_for(num_pages):
+            youngest = self._running[-1]
+            if youngest is not request:
+                self._preempt(youngest, plan)
+                continue
+            if len(self._running) > 1:
+                return False
+            self._clear_prefixes()
+            assert num_pages <= self._pool.num_free, "a request that fits the pool alone lacks pages"
+        return True
+
+    def _evict_for(self, num_pages: int) -> bool:
+        if self._prefix_cache is not None and self._pool.num_free < num_pages:
+            self._prefix_cache.evict(num_pages - self._pool.num_free)
+        return num_pages <= self._pool.num_free
+
+    def _clear_prefixes(self) -> None:
+        if self._prefix_cache is not None:
+            self._prefix_cache.clear()
+
+    def _preempt(self, request: Request, plan: Plan) -> None:
+        """Give up the youngest running request's work; its output stays and becomes part of its next prefill."""
+        assert request is self._running[-1]
+        self._running.pop()
+        if request.segment is not None:
+            plan.num_tokens -= request.segment.active
+        self._release(request)
+        request.num_computed, request.depths = 0, []
+        request.state = "waiting"
+        request.num_preemptions += 1
+        self._waiting.appendleft(request)
+        plan.preempted.append(request)
+
+    def _release(self, request: Request) -> None:
+        if self._prefix_cache is not None:
+            self._prefix_cache.release(request)
+        for page in (page for pages in request.pages for page in pages):
+            self._pool.release(page)
+        self._clear_pages(request)
+        request.segment = None
+
+    def _clear_pages(self, request: Request) -> None:
+        request.pages = [[] for _ in range(self.shape.num_sequences)]
+        request.lengths = [0] * self.shape.num_sequences
+
+    def _admit(self, plan: Plan) -> None:
+        """Admit waiting requests in order of arrival, while there are slots, tokens and pages."""
+        while self._waiting and len(self._running) < self.limits.max_requests:
+            request = self._waiting[0]
+            node = self._find_prefix(request)
+            start = node.num_tokens if node else 0
+            if not self._has_room(self._next_segment(request, start), plan):
+                return
+            if not self._claim(request, node):
+                if self._running:
+                    return
+                self._clear_prefixes()
+                node = None
+            self._begin(request, node, plan)
+
+    def _find_prefix(self, request: Request) -> PrefixNode | None:
+        if self._prefix_cache is None:
+            return None
+        return self._prefix_cache.lookup(request.tokens, request.params.budget)
+
+    def _claim(self, request: Request, node: PrefixNode | None) -> bool:
+        """Whether all tokens known of `request` fit, at worst, beside what is known of the running ones.
+
+        Taking in more would make requests preempt each other in turn. On success `node` is held.
+        """
+        lengths, computed = (node.lengths, node.num_tokens) if node else (None, 0)
+        needed = self.shape.worst_pages(request.num_known, lengths, computed)
+        if node is not None and self._prefix_cache is not None:
+            self._prefix_cache.hold(request, node)
+            needed -= sum(length // size for length, size in zip(node.lengths, self.shape.tokens_per_page, strict=True))
+        if self._evict_for(needed + sum(map(self._outstanding, self._running))):
+            return True
+        if self._prefix_cache is not None:
+            self._prefix_cache.release(request)
+        return False
+
+    def _outstanding(self, request: Request) -> int:
+        """Pages that a running request may still take for the tokens known of it."""
+        worst = self.shape.worst_pages(request.num_known, request.lengths, request.num_computed)
+        return worst - request.num_pages
+
+    def _begin(self, request: Request, node: PrefixNode | None, plan: Plan) -> None:
+        """Admit the first waiting request, whose pages are there, and let its first segment enter."""
+        if node is not None and self._prefix_cache is not None:
+            plan.copies += self._prefix_cache.adopt(request, node)
+        if not request.num_preemptions:
+            request.cached_tokens = request.num_computed
+        request.state, request.prefill = "running", request.num_known
+        self._running.append(self._waiting.popleft())
+        segment = self._next_segment(request)
+        reserved = self._reserve(segment, plan)
+        assert reserved and not plan.preempted
+        self._start(segment, plan)

@@ -1,0 +1,121 @@
+"""The measurement itself, on tiny models: counts that must be exact, pools, concurrency, and the summary."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from mor.benchmark.arms import Arm, build_arm
+from mor.benchmark.peers import PEERS, check_peers
+from mor.benchmark.serving import Served, make_engine, pages_for, pages_in, serve, vanilla_bytes
+from mor.benchmark.summary import LATENCY, SPEED, latency_lines, lines, quantile, table
+from mor.benchmark.throughput import ENGINE, ThroughputOptions, measure, parse_pool, ratio, try_concurrencies
+from mor.benchmark.workload import Workload, random_workload
+
+
+@pytest.fixture(scope="module")
+def arms() -> list[Arm]:
+    return [build_arm(name, "tiny", max_length=64) for name in ("vanilla-3", "mor-3")]
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    return random_workload(num_requests=5, vocab_size=256, prompt_tokens=3, mean=5, deviation=2)
+
+
+def test_every_asked_token_is_generated_and_seen(arms: list[Arm], workload: Workload) -> None:
+    engine = make_engine(arms[0], concurrency=2, num_pages=pages_for(arms[0], 2, workload.longest))
+    served = serve(engine, workload)
+    assert served.tokens == workload.num_tokens
+    assert served.rows == workload.num_tokens + sum(len(prompt) - 1 for prompt in workload.prompts)
+    assert (served.mean_depth, served.most_running, served.preemptions) == (1.0, 2, 0)
+    assert len(served.first_token) == len(workload)
+    assert len(served.gaps) == workload.num_tokens - len(workload)
+    assert 0 < served.kv_bytes <= served.most_kv_bytes
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+def test_visits_are_counted_from_the_start_of_each_measurement(arms: list[Arm], workload: Workload) -> None:
+    engine = make_engine(arms[0], concurrency=8, num_pages=pages_for(arms[0], 8, workload.longest))
+    counts = {(served.visits, served.rows) for served in (serve(engine, workload), serve(engine, workload))}
+    assert counts == {(max(workload.lengths), workload.num_tokens + 2 * len(workload))}
+
+
+def test_requests_wait_for_their_arrival(arms: list[Arm], workload: Workload) -> None:
+    engine = make_engine(arms[0], concurrency=8, num_pages=pages_for(arms[0], 8, workload.longest))
+    served = serve(engine, workload.first(2), arrivals=[0.0, 0.4])
+    assert served.seconds > 0.4
+    assert max(served.first_token) < 0.4  # since it came, not since the beginning
+
+
+def test_a_pool_in_sequences_holds_that_many_of_the_vanilla_twin(arms: list[Arm]) -> None:
+    vanilla, mor = arms
+    size = vanilla_bytes(mor, 4, 40)
+    assert size == vanilla_bytes(vanilla, 4, 40)
+    assert pages_in(size, vanilla) == pages_for(vanilla, 4, 40)
+    assert pages_in(size - 1, vanilla) == pages_for(vanilla, 4, 40) - 1
+
+
+def test_measure_runs_everything_in_each_round(arms: list[Arm], workload: Workload) -> None:
+    said: list[str] = []
+    options = ThroughputOptions(concurrency=4, rounds=2, rates=(200.0,), peers=PEERS, warmup_tokens=2)
+    results = measure(arms, workload, options, report=said.append)
+    assert [*results[0].rounds] == [ENGINE, *PEERS]
+    assert [*results[1].rounds] == [ENGINE, "generate", "generate-1"]  # Llama is no MoR
+    assert all(len(rounds) == 2 for result in results for rounds in result.rounds.values())
+    assert len(said) == 2 * (5 + 3) + 2
+    found = lines(results)
+    assert json.loads(json.dumps(found))[0]["arm"] == "vanilla-3"
+    engines = {line["arm"]: line for line in found if line["system"] == ENGINE}
+    assert "times_vanilla" not in engines["vanilla-3"]
+    assert engines["mor-3"]["times_vanilla_range"][0] <= engines["mor-3"]["times_vanilla"]
+    assert all(line["engine_is_times"] > 0 for line in found if line["system"] != ENGINE)
+    assert table(found, SPEED).row_count == len(found)
+    assert [line["requests_per_second"] for line in latency_lines(results)] == [200.0, 200.0]
+    assert table(latency_lines(results), LATENCY).row_count == 2
+
+
+def test_the_best_concurrency_is_what_the_pool_holds_at_most(arms: list[Arm], workload: Workload) -> None:
+    options = ThroughputOptions(concurrency=None, pool="2seq")
+    pages = pages_for(arms[0], 2, workload.longest)
+    equal = Workload(prompts=workload.prompts * 4, lengths=(workload.longest - 3,) * 20)
+    said: list[str] = []
+    tried = try_concurrencies(arms[0], equal, pages, options, said.append)
+    assert set(tried) == {1, 2}
+    assert len(said) == 3  # 1, 2, and 4, of which only 2 ran
+    result = measure(arms[:1], equal, options)[0]
+    assert result.tried[result.concurrency] == max(result.tried.values())
+    assert result.pool_bytes == vanilla_bytes(arms[0], 2, workload.longest)
+
+
+@pytest.mark.parametrize("text", ["2", "0GiB", "1.5seq", "fits", "-1GiB"])
+def test_a_wrong_pool_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="neither fit, nor a size like 2GiB"):
+        ThroughputOptions(pool=text)
+
+
+def test_wrong_options_are_refused() -> None:
+    assert parse_pool("1.5GiB") == (1.5, "GiB")
+    with pytest.raises(ValueError, match="rounds=0 must be at least 1"):
+        ThroughputOptions(rounds=0)
+    with pytest.raises(ValueError, match="needs a pool to fit"):
+        ThroughputOptions(concurrency=None)
+    with pytest.raises(ValueError, match="must be positive"):
+        ThroughputOptions(rates=(0.0,))
+    with pytest.raises(ValueError, match="peer 'vllm' is unknown"):
+        check_peers(("vllm",))
+
+
+def test_ratios_are_of_rounds() -> None:
+    rounds: dict[str, list[Any]] = {
+        name: [Served(seconds=s, cpu_seconds=1, tokens=12, requests=1) for s in seconds]
+        for name, seconds in (("a", (1, 2, 3)), ("b", (2, 2, 12)))
+    }
+    assert ratio(rounds["a"], rounds["b"], lambda served: served.tokens_per_second) == (2.0, 1.0, 4.0)
+
+
+def test_quantiles_are_values_that_occurred() -> None:
+    values = [float(n) for n in range(1, 101)]
+    assert (quantile(values, 0.5), quantile(values, 0.99), quantile([3.0], 0.5), quantile([], 0.5)) == (50, 99, 3, None)
