@@ -175,7 +175,8 @@ class Engine:
 
     def _row(self, live: _Live) -> SamplingRow:
         request = live.request
-        stops = self._end_of_text | set(request.params.stop_token_ids)
+        ends = frozenset() if request.params.ignore_eos else self._end_of_text
+        stops = ends | set(request.params.stop_token_ids)
         is_early = len(request.output) < request.params.min_tokens
         return SamplingRow(
             params=request.params,

@@ -103,9 +103,9 @@ class KvStore:
             self._pool[list(pages)] = 0
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy whole pages."""
+        """Copy whole pages, with 0 for what is not finite: entries behind the prefix that the old owner wrote since."""
         if sources:
-            self._pool[list(targets)] = self._pool[list(sources)]
+            self._pool[list(targets)] = self._pool[list(sources)].nan_to_num(nan=0, posinf=0, neginf=0)
             self.numbers[list(targets)] = self.numbers[list(sources)]
 
 

@@ -110,6 +110,13 @@ def test_clearing_pages() -> None:
         assert not view[[1, 3, 5]].any()
 
 
+def test_a_copy_is_finite() -> None:
+    store = store_of()
+    store.block_layers[0][0][0] = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf])[:, None, None]
+    store.copy_pages([0], [1])
+    assert store.block_layers[0][0][1].mean((1, 2)).tolist() == [1, 0, 0, 0]
+
+
 def test_gathering_follows_the_table() -> None:
     pages_XPGE = torch.arange(4 * 3).view(4, 3, 1, 1)
     gathered = gather_entries(pages_XPGE, torch.tensor([[2, 0], [3, 3]]))

@@ -93,12 +93,12 @@ def test_ten_thousand_requests_on_a_pool_too_small_for_them() -> None:
 # broken rows
 
 
-def poisoned(kv_cache: str) -> MorForCausalLM:
+def poisoned(kv_cache: str, router: str = "expert_choice", token: int = POISON) -> MorForCausalLM:
     """A model for which one token is not a number."""
-    model = tiny_model(router="expert_choice", kv_cache=kv_cache)
+    model = tiny_model(router=router, kv_cache=kv_cache)
 
     def poison(_: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output.masked_fill((inputs[0] == POISON)[..., None], torch.nan)
+        return output.masked_fill((inputs[0] == token)[..., None], torch.nan)
 
     model.model.embed_tokens.register_forward_hook(poison)
     return model
@@ -123,6 +123,27 @@ def test_a_row_of_nan_fails_alone(kv_cache: str) -> None:
         assert output.error == "the logits hold NaN"
     check_against_forward(model, [stories[job.name] for job in (*good, *later)])
     assert all(len(stories[job.name].tokens) == 6 for job in (*good, *later))
+
+
+@pytest.mark.parametrize("at", [3, 4, 5])
+def test_nan_behind_a_prefix_is_not_copied_with_it(at: int) -> None:
+    """While the token that breaks a request is in flight, another copies the page into which it writes."""
+    stem = random_tokens(random.Random(0), 34)
+    [whole] = engine_of(tiny_model(router="gate")).generate([stem], greedy(1), progress=False)
+    token = whole.tokens[0].token
+    assert token not in stem
+    model = poisoned("recursion", "gate", token)
+    last = token % 60 + 1
+    jobs = [
+        Job(name="breaks", prompt=stem, params=greedy(3)),
+        Job(name="copies", prompt=(*stem[:32], last), params=greedy(1), at=at),
+    ]
+    stories = play(engine_of(model, page_entries=12), jobs)
+    broken, copied = stories["breaks"].last, stories["copies"].last
+    assert broken is not None and broken.error == "the logits hold NaN"
+    assert copied is not None and copied.cached_tokens == 32
+    check_against_forward(model, [stories["copies"]])
+    assert len(stories["copies"].tokens) == 1
 
 
 def test_a_row_whose_head_breaks_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
