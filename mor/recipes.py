@@ -43,6 +43,17 @@ class Size:
     budget: float
     micro_batch_size: int
 
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """Of the vanilla model, as arguments of `MorConfig`; the vocabulary is that of the data."""
+        return {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+        }
+
 
 def _vanilla_budget(size: Size, steps: int) -> float:
     """Forward FLOPs of `steps` steps of the vanilla model."""
@@ -144,14 +155,8 @@ def _paper_model(
     size: Size, kind: Kind, num_recursions: int, *, router: str = "expert_choice", kv_cache: str = "recursion"
 ) -> dict[str, Any]:
     layers = size.num_layers if kind == "vanilla" else size.recursive_layers[num_recursions]
-    model: dict[str, Any] = {
-        "hidden_size": size.hidden_size,
-        "intermediate_size": size.intermediate_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": size.num_heads,
-        "num_key_value_heads": size.num_key_value_heads,
-        "max_position_embeddings": SEQUENCE_LENGTH,
-    }
+    changes = {"num_hidden_layers": layers, "max_position_embeddings": SEQUENCE_LENGTH}
+    model: dict[str, Any] = size.dimensions | changes
     if kind != "vanilla":
         model |= {"num_recursions": num_recursions, "sharing": "middle_cycle"}
     if kind == "mor":

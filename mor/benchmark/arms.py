@@ -67,15 +67,7 @@ def dimensions(name: str) -> dict[str, Any]:
     sizes = paper_sizes()
     if name not in sizes:
         raise ValueError(f"dimensions {name!r} are unknown; choose one of {', '.join((*_SMALL, *sizes))}")
-    size = sizes[name]
-    return dict(
-        vocab_size=49152,
-        hidden_size=size.hidden_size,
-        intermediate_size=size.intermediate_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        num_key_value_heads=size.num_key_value_heads,
-    )
+    return dict(vocab_size=49152, **sizes[name].dimensions)
 
 
 def arm_config(

@@ -237,8 +237,11 @@ class Engine:
     ) -> list[RequestOutput]:
         """Generate for all prompts. Returns whole outputs in the order of the prompts, the n samples of one together.
 
-        `params`: one for all, or one each. `progress`: show a bar on a terminal.
+        `params`: one for all, or one each. `progress`: show a bar on a terminal. Raises ValueError for what
+        `add_request` refuses, and while other requests are unfinished.
         """
+        if any(live.request.state != "finished" for live in self._live.values()):
+            raise ValueError("generate needs an engine without other requests: it would take what `step` tells of them")
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} params for {len(prompts)} prompts; give one for all, or one each")

@@ -94,8 +94,9 @@ class Runner:
         entering = [segment for segment in segments if not segment.entered]
         if entering:
             self._cohorts.append(self._enter(entering, added))
-        for cohorts in self._ready():
-            self._apply_block(cohorts, added)
+        ready = [cohort for cohort in self._cohorts if bool(self._running(cohort).any())]
+        if ready:
+            self._apply_block(ready, added)
         results = {}
         for cohort in self._cohorts:
             active, depth = cohort.active_N.tolist(), cohort.depth_N.tolist()
@@ -166,19 +167,15 @@ class Runner:
             chosen_N &= cohort.choice.chosen.mask(cohort.active_N[:, None].shape, self._device)[:, 0]
         cohort.active_N = chosen_N
 
-    def _ready(self) -> Iterable[list[Cohort]]:
-        """Cohorts whose rows go through the block together."""
-        ready = [c for c in self._cohorts if bool(self._running(c).any())]
-        return [ready] if ready else []
-
     def _running(self, cohort: Cohort) -> Tensor:
-        """Rows that go through the block. Where the first recursion's keys and values serve all tokens, all take it."""
+        """Rows that go through the block. Where the first recursion's keys and values serve all tokens, all take it, in
+        the visit in which they enter."""
         if cohort.recursion == 0 and self._policy != "recursion":
             return torch.ones_like(cohort.active_N)
         return cohort.active_N
 
     def _apply_block(self, cohorts: list[Cohort], added: dict[int, list[int]]) -> None:
-        masks = [self._running(cohort) & self._is_kept(cohort, added) for cohort in cohorts]
+        masks = [self._running(cohort) for cohort in cohorts]
         x_MD = torch.cat([cohort.x_ND[mask] for cohort, mask in zip(cohorts, masks, strict=True)])
         recursions = range(self._plan.num_recursions) if self._plan.is_sequence else [None]
         batches = {}
@@ -195,12 +192,6 @@ class Runner:
         ys = x_MD.split([int(mask.sum()) for mask in masks])
         for cohort, mask, y_KD in zip(cohorts, masks, ys, strict=True):
             self._merge(cohort, mask, y_KD)
-
-    def _is_kept(self, cohort: Cohort, added: dict[int, list[int]]) -> Tensor:
-        kept_N = torch.zeros_like(cohort.active_N)
-        for segment, rows in cohort.slices():
-            kept_N[rows] = id(segment) in added
-        return kept_N
 
     def _block_order(self) -> list[tuple[int, int | None]]:
         """Layers of the block in a visit, with the recursion each runs at: the rows' own (None) where blocks repeat as

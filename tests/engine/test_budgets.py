@@ -102,5 +102,6 @@ def test_what_a_model_can_do() -> None:
     budgets = budgets_of(router="expert_choice")
     for budget in MANY:
         budgets.check(budget)
+        assert 1 <= budgets.limit(budget) <= 3
     budgets_of(calibrated=False, router="none", sharing="middle_sequence").check((None, 3))
     budgets_of(calibrated=False).check((None, None))

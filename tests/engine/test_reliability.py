@@ -216,15 +216,25 @@ def test_a_visit_that_breaks_off_is_heard_of_and_ends_its_requests(
 
 
 def test_generate_raises_what_a_visit_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its requests are gone then; those of others that took part have failed, and the engine goes on."""
+    """Its requests are gone then, and the engine goes on."""
     engine = engine_of(tiny_model(router="token_choice"))
-    engine.add_request("other", [1, 2, 3], greedy(9))
     break_once(monkeypatch, engine, visit=3, halfway=False)
     with pytest.raises(RuntimeError, match="out of everything"):
         engine.generate([[4], [5, 6]], greedy(9), progress=False)
-    [output] = engine.step()
-    assert (output.id, output.finish_reason, output.error) == ("other", "error", "RuntimeError: out of everything")
+    assert engine.step() == []
     check_all_free(engine)
+    assert len(engine.generate([[4]], greedy(2), progress=False)[0].tokens) == 2
+
+
+def test_generate_is_not_for_an_engine_that_others_step() -> None:
+    engine = engine_of(tiny_model(router="token_choice"))
+    engine.add_request("other", [1, 2, 3], greedy(2))
+    with pytest.raises(ValueError, match="generate needs an engine without other requests"):
+        engine.generate([[4]], greedy(9), progress=False)
+    told = []
+    while engine.has_unfinished:
+        told += engine.step()
+    assert [output.id for output in told] == ["other"] * len(told) and told[-1].finish_reason == "length"
     assert len(engine.generate([[4]], greedy(2), progress=False)[0].tokens) == 2
 
 

@@ -59,3 +59,4 @@ def test_training_waits_for_the_device_only_when_it_reports(tmp_path, shards, mo
         optimizer_step(state, 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert state.step == 3
