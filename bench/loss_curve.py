@@ -5,7 +5,7 @@
 360M dimensions (without a GPU: a small model, compiled in float32), the same text in the same order for every run; a
 seed decides the initial weights. For each seed, the reference trains eagerly in float32 with all logits at once, and
 ours as on any GPU. Means over windows of 10 steps are compared: the difference between the two ways, and the range over
-the reference's seeds. Prints a table, and one line of JSON last.
+the reference's seeds. Losses are those of training, under `top_k`. Prints a table, and one line of JSON last.
 """
 
 from __future__ import annotations
