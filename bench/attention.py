@@ -45,11 +45,14 @@ def heads(rows: int, count: int, tokens: int) -> Tensor:
 
 
 def measure(attend: Callable[..., Tensor], inputs: list[Tensor], pairs: float) -> dict[str, float]:
-    """Times and TFLOP/s of the forward and the backward pass; `pairs` of a query and a key it sees, per head."""
-    out = attend(*inputs)
-    gradient = torch.randn_like(out)
+    """Times and TFLOP/s of the forward and the backward pass; `pairs` of a query and a key it sees, per head.
+
+    The backward pass is the time of both less that of the forward: compiled code gives its buffers away in a backward
+    pass, which therefore cannot be run again on its own.
+    """
+    gradient = torch.randn_like(attend(*inputs))
     forward = milliseconds(lambda: attend(*inputs))
-    backward = milliseconds(lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True))
+    backward = milliseconds(lambda: torch.autograd.grad(attend(*inputs), inputs, gradient)) - forward
     flops = 4 * pairs * QUERY_HEADS * HEAD_SIZE
     return {
         "forward_ms": round(forward, 3),

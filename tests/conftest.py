@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is imported
+
 hypothesis.settings.register_profile("mor", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("mor")
 
@@ -23,6 +26,7 @@ OF_THE_COMPILER = (
     "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
     "ignore:Synchronization debug mode is a prototype:UserWarning",
+    "ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning",
 )
 
 

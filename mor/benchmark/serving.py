@@ -148,11 +148,12 @@ class _Watch:
     def _see_tokens(self, output: RequestOutput, now: float) -> None:
         if output.error is not None:
             raise RuntimeError(f"request {output.id} failed: {output.error}")
-        self.tokens += len(output.tokens)
-        self.depths += [token.depth for token in output.tokens if token.depth]
-        if output.tokens and output.id in self.last:
+        new = len(output.token_ids)
+        self.tokens += new
+        self.depths += output.depths
+        if new and output.id in self.last:
             self.gaps.append(now - self.last[output.id])
-        elif output.tokens:
+        elif new:
             self.first_token.append(now - self.arrivals[int(output.id)])
         self.last[output.id] = now
 

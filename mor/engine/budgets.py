@@ -24,6 +24,11 @@ class Budgets:
         self._router, self._plan, self._num_recursions = router, plan, plan.num_recursions
         self._rules: dict[Budget, DecisionRule] = {}
 
+    @property
+    def has_router(self) -> bool:
+        """Whether there is anything to decide."""
+        return self._router is not None
+
     def check(self, budget: Budget) -> None:
         """Raises ValueError for what the model cannot do."""
         mean_depth, most = budget

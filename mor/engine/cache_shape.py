@@ -62,6 +62,18 @@ class CacheShape:
             for sequence, (written, holds_all) in enumerate(zip(self.written, self.holds_all, strict=True))
         ]
 
+    def growths(self, visits: int) -> tuple[int, ...]:
+        """The most entries that each sequence of a request can get in so many visits of a slot: a token brings one to a
+        recursion, after a visit of each recursion before it."""
+        return tuple(
+            0
+            if not written
+            else visits
+            if self.one_visit or sequence >= self.num_recursions
+            else -(-visits // (sequence + 1))
+            for sequence, written in enumerate(self.written)
+        )
+
     def worst_pages(self, num_tokens: int, lengths: Sequence[int] | None = None, num_computed: int = 0) -> int:
         """Pages that `num_tokens` tokens need when those after the first `num_computed`, which left `lengths`, take
         every recursion."""

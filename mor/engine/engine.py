@@ -7,26 +7,33 @@ get the head and start the next; nobody waits for another's depth.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mor.engine.beside import Beside
 from mor.engine.block_pool import BlockPool
-from mor.engine.detokenizer import Detokenizer, TextPiece
+from mor.engine.detokenizer import Detokenizer
 from mor.engine.kv_store import KvStore, PageLayout
+from mor.engine.layers import Layers
 from mor.engine.options import EngineOptions
-from mor.engine.outputs import RequestOutput, TokenOutput
+from mor.engine.outputs import RequestOutput, TokenLog, Top
 from mor.engine.params import SamplingParams
 from mor.engine.prefix_cache import PrefixCache
 from mor.engine.progress import GenerationBar, Statistics
-from mor.engine.request import Request
+from mor.engine.request import FinishReason, Request
 from mor.engine.runner import Runner
 from mor.engine.sampler import Sampled, SamplingRow, sample
-from mor.engine.scheduler import Limits, Plan, Scheduler
+from mor.engine.scheduler import Plan, Scheduler
+from mor.engine.setup import choose_num_pages, end_tokens, limits_of, ops_for, slots_of
+from mor.engine.slot_runner import Progress
+from mor.engine.slot_state import SlotRow
+from mor.engine.slots import fits_slot
 from mor.loading import load_model
 from mor.model.modeling_mor import MorForCausalLM
 
@@ -35,12 +42,12 @@ Prompt = str | Sequence[int]
 
 @dataclass(kw_only=True)
 class _Live:
-    """A request while it runs: its text, what it said so far, and how much of that was told."""
+    """A request while it runs: what it said so far, how much of that was told, and the tokens that end it."""
 
     request: Request
     seed: int
-    text: Detokenizer
-    tokens: list[TokenOutput] = field(default_factory=list[TokenOutput])
+    log: TokenLog
+    ends: frozenset[int]
     told: int = 0
     error: str | None = None
 
@@ -57,16 +64,14 @@ class Engine:
         layout = PageLayout.of(model.config, self.options.page_entries)
         num_pages = choose_num_pages(self.options, layout.page_bytes(model.dtype), model.device)
         self._store = KvStore(layout, num_pages, device=model.device, dtype=model.dtype)
-        self.runner = Runner(model, layout, self._store)
+        layers = Layers(model.config, ops_for(model.device))
+        self.runner = Runner(model, layout, self._store, layers)
         self.pool = BlockPool(num_pages)
         self.prefixes = PrefixCache(self.pool, layout.shape) if self.options.prefix_caching else None
-        limits = Limits(
-            max_requests=self.options.max_requests,
-            max_visit_tokens=self.options.max_visit_tokens,
-            prefill_chunk=self.options.prefill_chunk,
-            max_length=_max_length(self.options, model),
-        )
+        limits = limits_of(self.options, model)
         self.scheduler = Scheduler(shape=layout.shape, limits=limits, pool=self.pool, prefix_cache=self.prefixes)
+        self.slots = slots_of(model, layout, self._store, self.runner.budgets, layers, self.options, limits)
+        self._beside = Beside(model.device)
         self.statistics = Statistics()
         self._live: dict[str, _Live] = {}
         self._failed: list[_Live] = []
@@ -97,11 +102,13 @@ class Engine:
         self.runner.budgets.check(params.budget)
         names = [request_id] if params.n == 1 else [f"{request_id}-{number}" for number in range(params.n)]
         texts = [Detokenizer(self.tokenizer, params.stop, prompt=ids, min_tokens=params.min_tokens) for _ in names]
-        requests = [Request(id=name, prompt=ids, params=params) for name in names]
+        in_slot = self.slots is not None and fits_slot(params)
+        requests = [Request(id=name, prompt=ids, params=params, in_slot=in_slot) for name in names]
         self._queue(requests)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_of_text)
         for number, (request, text) in enumerate(zip(requests, texts, strict=True)):
-            self._live[request.id] = _Live(request=request, seed=seed + number, text=text)
+            self._live[request.id] = _Live(request=request, seed=seed + number, log=TokenLog(text), ends=ends)
         return names
 
     def _queue(self, requests: Sequence[Request]) -> None:
@@ -129,40 +136,93 @@ class Engine:
         return self.scheduler.abort(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """One visit. Returns what is new: of every request that got a token or ended, its tokens since the last time.
+        """One planned visit, and one batch of visits of the slots if there are any. Returns what is new: of every
+        request that got a token or ended, its tokens since the last time.
 
         What a visit raises is raised here. The requests that took part have then failed, as the next step says.
         """
-        plan = self.scheduler.plan()
-        try:
-            new = self._visit(plan) if plan.segments else []
-        except BaseException as error:
-            self._fail(plan, error)
-            raise
+        plan = self.scheduler.plan(0 if self.slots is None else self.slots.ahead)
+        self.statistics.add(preemptions=len(plan.preempted))
+        queued = self._queue_slots(plan) if self.slots is not None else 0
+        new = self._visit(plan)
+        if self.slots is not None:
+            while self.slots.in_flight > (queued > 0):  # the batch just queued runs on while the one before is read
+                new += self._collect(plan)
         failed, self._failed = self._failed, []
         return [*(self._tell(live) for live in failed if self._live.get(live.request.id) is live), *new]
 
-    def _fail(self, plan: Plan, error: BaseException) -> None:
-        """End the requests of a visit that broke off."""
-        self.runner.forget()
-        for request in (segment.request for segment in plan.segments):
-            live = self._live[request.id]
-            if request.state != "finished":
-                live.error = f"{type(error).__name__}: {error}"
-                self.scheduler.finish(request, "error")
-            self._failed.append(live)
+    def _queue_slots(self, plan: Plan) -> int:
+        """Let the slots go on; returns how many visits were queued."""
+        assert self.slots is not None
+        with self._failing(plan.decoding):
+            self._beside.join()
+            visits = self.slots.run(plan.decoding, plan.grown, self._slot_row)
+            self._beside.start(after_slots=self.slots.has_strays)
+        self.statistics.add(visits=visits, rows=visits * len(plan.decoding))
+        return visits
+
+    def _slot_row(self, request: Request, slot: int) -> SlotRow:
+        assert self.slots is not None
+        live = self._live[request.id]
+        most = self.scheduler.most_output(request)
+        return self.slots.row(request, slot, seed=live.seed, most_output=most, ends=live.ends)
+
+    def _collect(self, plan: Plan) -> list[RequestOutput]:
+        """Take in what the oldest batch of the slots did."""
+        assert self.slots is not None
+        with self._failing(plan.decoding):
+            progresses = self.slots.collect()
+        return [
+            self._tell(live)
+            for live in map(self._take_progress, progresses)
+            if len(live.log) > live.told or live.request.state == "finished"
+        ]
+
+    def _take_progress(self, progress: Progress) -> _Live:
+        live, request = self._live[progress.request.id], progress.request
+        wanted = request.params.logprobs is not None
+        logprobs = progress.logprobs if wanted else [None] * len(progress.tokens)
+        tops: list[Top] = [()] * len(progress.tokens)
+        count, reason = self._hear(live, progress.tokens, progress.depths, logprobs, tops)
+        self.scheduler.advance(request, progress.tokens[:count], progress.depths[:count], progress.lengths)
+        self.statistics.add(tokens=count)
+        if reason is not None:
+            self.scheduler.finish(request, reason)
+        elif progress.is_broken:
+            self._break(live, "the logits hold NaN or infinity, or leave no token to choose")
+        return live
+
+    @contextmanager
+    def _failing(self, requests: Sequence[Request]) -> Iterator[None]:
+        """End these requests if what is done with them breaks off."""
+        try:
+            yield
+        except BaseException as error:
+            self.runner.forget()
+            if self.slots is not None:
+                self.slots.forget()
+            for request in requests:
+                live = self._live[request.id]
+                if request.state != "finished":
+                    live.error = f"{type(error).__name__}: {error}"
+                    self.scheduler.finish(request, "error")
+                self._failed.append(live)
+            raise
 
     def _visit(self, plan: Plan) -> list[RequestOutput]:
-        self._store.copy_pages([copy.source for copy in plan.copies], [copy.target for copy in plan.copies])
-        results = self.runner.visit(plan.segments)
-        done: list[tuple[_Live, int, Tensor]] = []
-        for segment, result in zip(plan.segments, results, strict=True):
-            logits_V = self.runner.take_logits(segment)
-            self.scheduler.complete(segment, result)
-            if logits_V is not None:
-                done.append((self._live[segment.request.id], result.depths[-1], logits_V))
-        self.statistics.add(visits=1, rows=plan.num_tokens, preemptions=len(plan.preempted))
-        return self._sample(done)
+        if not plan.segments and not plan.copies:
+            return []
+        with self._failing([segment.request for segment in plan.segments]), self._beside.running():
+            self._store.copy_pages([copy.source for copy in plan.copies], [copy.target for copy in plan.copies])
+            results = self.runner.visit(plan.segments) if plan.segments else []
+            done: list[tuple[_Live, int, Tensor]] = []
+            for segment, result in zip(plan.segments, results, strict=True):
+                logits_V = self.runner.take_logits(segment)
+                self.scheduler.complete(segment, result)
+                if logits_V is not None:
+                    done.append((self._live[segment.request.id], result.depths[-1], logits_V))
+            self.statistics.add(visits=1, rows=plan.num_tokens)
+            return self._sample(done)
 
     def _sample(self, done: Sequence[tuple[_Live, int, Tensor]]) -> list[RequestOutput]:
         if not done:
@@ -175,8 +235,6 @@ class Engine:
 
     def _row(self, live: _Live) -> SamplingRow:
         request = live.request
-        ends = frozenset() if request.params.ignore_eos else self._end_of_text
-        stops = ends | set(request.params.stop_token_ids)
         is_early = len(request.output) < request.params.min_tokens
         return SamplingRow(
             params=request.params,
@@ -184,49 +242,58 @@ class Engine:
             index=len(request.output),
             prompt=request.prompt,
             output=request.output,
-            banned=tuple(sorted(stops)) if is_early else (),
+            banned=tuple(sorted(live.ends)) if is_early else (),
         )
 
     def _take(self, live: _Live, sampled: Sampled, depth: int) -> None:
         """Add a token to its request, and end the request if this was its last."""
-        request, params = live.request, live.request.params
         if sampled.error is not None:
-            live.error = sampled.error
-            self.scheduler.finish(request, "error")
-            if self.prefixes is not None:
-                self.prefixes.clear()  # what was computed beside NaN may hold it too
+            self._break(live, sampled.error)
             return
-        self.scheduler.append(request, sampled.token)
-        is_end = sampled.token in params.stop_token_ids or (
-            sampled.token in self._end_of_text and not params.ignore_eos
-        )
-        piece = TextPiece("", live.text.offset) if is_end else live.text.feed(sampled.token)
-        reason = None
-        if is_end or live.text.stopped is not None:
-            reason = "stop"
-        elif len(request.output) >= self.scheduler.most_output(request):
+        _, reason = self._hear(live, [sampled.token], [depth], [sampled.logprob], [sampled.top])
+        self.scheduler.append(live.request, sampled.token)
+        if reason is not None:
+            self.scheduler.finish(live.request, reason)
+
+    def _break(self, live: _Live, error: str) -> None:
+        """End a request that has no next token."""
+        live.error = error
+        self.scheduler.finish(live.request, "error")
+        if self.prefixes is not None:
+            self.prefixes.clear()  # what was computed beside NaN may hold it too
+
+    def _hear(
+        self,
+        live: _Live,
+        ids: list[int],
+        depths: list[int],
+        logprobs: Sequence[float | None],
+        tops: Sequence[Top],
+    ) -> tuple[int, FinishReason | None]:
+        """Write down new tokens up to the one that ends the request: how many these are, and why it ended."""
+        end = next((n for n, token in enumerate(ids) if token in live.ends), None) if live.ends else None
+        count = len(ids) if end is None else end + 1
+        reason: FinishReason | None = None if end is None else "stop"
+        if live.request.params.stop:
+            for n in range(count):
+                live.log.add(ids[n : n + 1], depths[n : n + 1], logprobs[n : n + 1], tops[n : n + 1])
+                if n != end and live.log.is_stopped():
+                    count, end, reason = n + 1, None, "stop"
+                    break
+        else:
+            live.log.add(ids[:count], depths[:count], logprobs[:count], tops[:count])
+        if reason is None and len(live.log) >= self.scheduler.most_output(live.request):
             reason = "length"
-        rest = live.text.finish() if reason else ""
-        live.tokens.append(
-            TokenOutput(
-                token=sampled.token,
-                text=piece.text + rest,
-                offset=piece.offset,
-                logprob=sampled.logprob,
-                top_logprobs=sampled.top,
-                depth=depth,
-            )
-        )
-        if reason:
-            self.scheduler.finish(request, reason)
+        if reason is not None:
+            live.log.end(hide_last=end is not None)
+        return count, reason
 
     def _tell(self, live: _Live) -> RequestOutput:
         """What is new of a request."""
-        request, new = live.request, live.tokens[live.told :]
-        live.told = len(live.tokens)
-        if request.state == "finished":
-            self._live.pop(request.id, None)
-        return _output(live, new)
+        start, live.told = live.told, len(live.log)
+        if live.request.state == "finished":
+            self._live.pop(live.request.id, None)
+        return _output(live, start)
 
     def generate(
         self,
@@ -257,49 +324,20 @@ class Engine:
             for name in names:
                 self.abort(name)
             raise
-        return [_output(live, live.tokens) for live in lives]
+        return [_output(live, 0) for live in lives]
 
 
-def _output(live: _Live, tokens: Sequence[TokenOutput]) -> RequestOutput:
-    request, depths = live.request, [token.depth for token in live.tokens]
+def _output(live: _Live, start: int) -> RequestOutput:
+    request = live.request
     return RequestOutput(
         id=request.id,
         prompt_tokens=len(request.prompt),
         cached_tokens=request.cached_tokens,
-        tokens=tuple(tokens),
-        text="".join(token.text for token in tokens),
+        start=start,
+        stop=len(live.log),
         finished=request.state == "finished",
         finish_reason=request.finish_reason,
-        mean_depth=sum(depths) / len(depths) if depths else None,
+        mean_depth=live.log.mean_depth,
         error=live.error,
+        log=live.log,
     )
-
-
-def end_tokens(model: MorForCausalLM, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text, as the model's generation settings or the tokenizer name them."""
-    settings = getattr(model, "generation_config", None)
-    named = getattr(settings, "eos_token_id", None)
-    if named is None:
-        named = getattr(tokenizer, "eos_token_id", None)
-    if named is None:
-        return frozenset()
-    return frozenset([named] if isinstance(named, int) else named)
-
-
-def choose_num_pages(options: EngineOptions, page_bytes: int, device: torch.device) -> int:
-    """Pages of the pool: as given, or what its memory holds. Raises ValueError if that is none."""
-    if options.num_pages is not None:
-        return options.num_pages
-    memory = 2**30 if options.kv_memory_gib is None else options.kv_memory_gib * 2**30
-    if options.kv_memory_gib is None and device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0] * options.memory_share
-    if memory < page_bytes:
-        raise ValueError(f"{memory / 2**20:.1f} MiB hold no page of {page_bytes / 2**20:.1f} MiB; raise kv_memory_gib")
-    return int(memory // page_bytes)
-
-
-def _max_length(options: EngineOptions, model: MorForCausalLM) -> int:
-    most = int(model.config.max_position_embeddings)
-    if options.max_length is not None and options.max_length > most:
-        raise ValueError(f"max_length={options.max_length} exceeds the model's max_position_embeddings={most}")
-    return most if options.max_length is None else options.max_length

@@ -84,10 +84,12 @@ class KvStore:
 
     def __init__(self, layout: PageLayout, num_pages: int, *, device: torch.device, dtype: torch.dtype) -> None:
         self.layout = layout
-        # One page more than are given out, the blank one: always 0, so that it can stand for pages that nobody sees.
-        self._pool = torch.zeros(num_pages + 1, layout.elements, device=device, dtype=dtype)
+        # Two pages more than are given out: `nobodys`, where rows write that take no part, and the last, the blank one:
+        # always 0, so that it can stand for pages that nobody sees.
+        self.nobodys = num_pages
+        self._pool = torch.zeros(num_pages + 2, layout.elements, device=device, dtype=dtype)
         # Which token of its request each entry of a recursion is: hybrid caches lay entries over the first recursion's.
-        self.numbers = torch.zeros(num_pages + 1, layout.page_entries, device=device, dtype=torch.int64)
+        self.numbers = torch.zeros(num_pages + 2, layout.page_entries, device=device, dtype=torch.int64)
         self.block_layers = self._views(layout.block_size, layout.page_entries)
         self.outer_layers = self._views(2 * layout.num_outer, layout.outer_entries)
 

@@ -16,8 +16,13 @@ class EngineOptions:
             CPU 1 GiB.
         memory_share: see `kv_memory_gib`.
         max_requests: requests that run at a time; others wait.
-        max_visit_tokens: tokens that one visit applies the block to.
-        prefill_chunk: tokens of a prompt that enter together.
+        max_visit_tokens: tokens that one planned visit applies the block to. None: 512 on a CPU, 4096 on CUDA, where
+            they are tokens of prompts.
+        prefill_chunk: tokens of a prompt that enter together. None: 256 on a CPU, 1024 on CUDA.
+        slots: whether requests decode by themselves in slots of the device, batches of `slot_visits` visits at a time,
+            instead of one planned visit after the other. None: on CUDA, if the model can (a hybrid cache cannot).
+        slot_visits: see `slots`. More hide more of the host's work; tokens then come in larger pieces. None: 8, or 16
+            where more than 64 requests run.
         max_length: tokens of a prompt and its output together. None: the model's own limit.
         prefix_caching: keep the keys and values of prompts for requests that begin alike.
         seed: of the seeds that requests without one get.
@@ -28,14 +33,16 @@ class EngineOptions:
     kv_memory_gib: float | None = None
     memory_share: float = 0.85
     max_requests: int = 256
-    max_visit_tokens: int = 512
-    prefill_chunk: int = 256
+    max_visit_tokens: int | None = None
+    prefill_chunk: int | None = None
+    slots: bool | None = None
+    slot_visits: int | None = None
     max_length: int | None = None
     prefix_caching: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("page_entries", "num_pages", "max_requests", "max_visit_tokens", "prefill_chunk"):
+        for name in ("page_entries", "num_pages", "max_requests", "max_visit_tokens", "prefill_chunk", "slot_visits"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")

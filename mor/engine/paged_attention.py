@@ -1,4 +1,4 @@
-"""Attention of the rows of a visit over pages: the plain version, which gathers what it reads.
+"""Attention of the rows of a visit over pages: by a kernel on CUDA, elsewhere by gathering what is read.
 
 A row is a token. Rows of one segment stand together and share their pages; a row sees the entries of one virtual
 sequence up to a last one of its own.
@@ -12,44 +12,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mor.engine.kv_store import gather_entries
+from mor.engine.layers import Pages
 
-Layer = tuple[Tensor, Tensor]
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """Rows `start`..`stop` of one segment at one recursion.
 
-    `pages`: of the virtual sequence that is read. `last`: for each row, the last entry that it sees. `own_pages`,
-    `own_entries`: under hybrid caching, pages of this recursion's own sequence and how many entries it has, which are
-    laid over those that are read.
+    `pages`: of the virtual sequence that is read. `last`: for each row, the last entry that it sees, ascending.
+    `own_pages`, `own_entries`: under hybrid caching, pages of this recursion's own sequence and how many entries it
+    has, which are laid over those that are read.
     """
 
     start: int
     stop: int
     pages: Sequence[int]
-    last: Sequence[int]
+    last: Integers
     own_pages: Sequence[int] = ()
     own_entries: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Writes:
-    """Where new entries go: rows, and page and place in the page of each."""
-
-    row_N: Tensor
-    page_N: Tensor
-    place_N: Tensor
-
-    def put(self, layer: Layer, key_NGE: Tensor, value_NGE: Tensor) -> None:
-        """Write a layer's keys and values of these rows, in their order."""
-        for pages, new in zip(layer, (key_NGE, value_NGE), strict=True):
-            pages[self.page_N, self.place_N] = new.to(pages.dtype)
 
 
 class PagedScope:
@@ -59,17 +48,28 @@ class PagedScope:
     """
 
     def __init__(self, spans: Sequence[Span], page_entries: int, numbers: Tensor) -> None:
+        self._tiles: _Tiles | None = None
+        if numbers.is_cuda and not any(span.own_entries for span in spans):
+            self._tiles = _Tiles.of(spans, numbers.device)
+            return
         self._groups = [_Group.of(spans, page_entries, numbers) for spans in _grouped(spans)]
         rows = [row for group in self._groups for row in group.rows]
         is_ordered = all(row == place for place, row in enumerate(rows))
         order = sorted(range(len(rows)), key=rows.__getitem__)
         self._order_M = None if is_ordered else torch.tensor(order, device=numbers.device)
 
-    def attend(self, query_MHE: Tensor, layer: Layer) -> Tensor:
+    def attend(self, query_MHE: Tensor, layer: Pages) -> Tensor:
         """The heads' outputs (M, H, E)."""
+        if self._tiles is not None:
+            return self._tiles.attend(query_MHE, layer)
         outs = [group.attend(query_MHE, layer) for group in self._groups]
         out_MHE = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out_MHE if self._order_M is None else out_MHE[self._order_M]
+
+
+def _length(span: Span) -> int:
+    """Entries that its last row sees."""
+    return int(span.last[-1]) + 1
 
 
 def _grouped(spans: Sequence[Span]) -> Iterator[list[Span]]:
@@ -96,9 +96,9 @@ class _Group:
     @classmethod
     def of(cls, spans: Sequence[Span], page_entries: int, numbers: Tensor) -> _Group:
         device = numbers.device
-        length = max(max(span.last) for span in spans) + 1
+        length = max(_length(span) for span in spans)
         width = -(-length // page_entries)
-        last_NK = torch.tensor([list(span.last) for span in spans], device=device)
+        last_NK = torch.from_numpy(np.stack([span.last for span in spans])).to(device)
         seen = torch.arange(width * page_entries, device=device) <= last_NK[..., None]
         rows = [row for span in spans for row in range(span.start, span.stop)]
         is_run = rows[-1] - rows[0] == len(rows) - 1
@@ -106,12 +106,12 @@ class _Group:
             rows=rows,
             num_spans=len(spans),
             row_M=None if is_run else torch.tensor(rows, device=device),
-            table_NX=_table([span.pages[: max(span.last) // page_entries + 1] for span in spans], width, numbers),
+            table_NX=_table([span.pages[: (_length(span) - 1) // page_entries + 1] for span in spans], width, numbers),
             mask_N1KL=seen[:, None],
             own=_Own.of(spans, page_entries, numbers) if any(span.own_entries for span in spans) else None,
         )
 
-    def attend(self, query_MHE: Tensor, layer: Layer) -> Tensor:
+    def attend(self, query_MHE: Tensor, layer: Pages) -> Tensor:
         key_NLGE, value_NLGE = (gather_entries(pages, self.table_NX) for pages in layer)
         if self.own is not None:
             key_NLGE, value_NLGE = self.own.lay_over(key_NLGE, layer[0]), self.own.lay_over(value_NLGE, layer[1])
@@ -125,6 +125,35 @@ class _Group:
             enable_gqa=query_MHE.shape[1] != key_NLGE.shape[2],
         )
         return out_NHKE.transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(kw_only=True)
+class _Tiles:
+    """Spans as the kernel reads them: a table of pages with a row for each, and tiles of rows."""
+
+    table_TX: Tensor
+    tile_W3: Tensor
+    last_M: Tensor
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], device: torch.device) -> _Tiles:
+        from mor.engine.kernels.paged_prefill import cut_tiles
+
+        table = np.zeros((len(spans), max(len(span.pages) for span in spans)), dtype=np.int32)
+        for row, span in enumerate(spans):
+            table[row, : len(span.pages)] = span.pages
+        tiles = cut_tiles([span.start for span in spans], [span.stop for span in spans], np.arange(len(spans)))
+        last = np.concatenate([span.last for span in spans])
+        return cls(
+            table_TX=torch.from_numpy(table).to(device),
+            tile_W3=torch.from_numpy(tiles).to(device),
+            last_M=torch.from_numpy(last).to(device),
+        )
+
+    def attend(self, query_MHE: Tensor, layer: Pages) -> Tensor:
+        from mor.engine.kernels.paged_prefill import attend_spans
+
+        return attend_spans(query_MHE, *layer, self.table_TX, self.tile_W3, self.last_M)
 
 
 @dataclass(kw_only=True)

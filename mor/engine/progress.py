@@ -59,8 +59,8 @@ class GenerationBar:
 
     def update(self, outputs: Sequence[RequestOutput], statistics: Statistics, scheduler: Scheduler) -> None:
         """Show what a step brought."""
-        self._tokens += sum(len(output.tokens) for output in outputs)
-        self._depths += sum(token.depth for output in outputs for token in output.tokens)
+        self._tokens += sum(len(output.token_ids) for output in outputs)
+        self._depths += sum(sum(output.depths) for output in outputs)
         seconds = max(time.monotonic() - self._start, 1e-9)
         depth = self._depths / max(1, self._tokens)
         figures = f"{self._tokens / seconds:,.0f} tokens/s  mean depth {depth:.2f}  {scheduler.num_running} running"

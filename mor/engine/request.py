@@ -16,16 +16,19 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class Request:
     """One sequence being generated (a call with n > 1 is n of these). Two requests are never equal.
 
-    The caller gives `id`, `prompt` and `params`; everything else is written by the scheduler alone. `output`: sampled
-    tokens. `num_computed`: how many of the known tokens have all their keys and values; `depths`: block applications of
-    each of these. `pages` and `lengths`: page ids and number of entries of each virtual sequence, those of the segment
-    in flight included. `prefill`: tokens known when it was last admitted. `cached_tokens`: how many of them it found in
-    the prefix cache when it was first admitted.
+    The caller gives `id`, `prompt`, `params` and `in_slot`; everything else is written by the scheduler alone.
+
+    `output`: sampled tokens. `num_computed`: how many of the known tokens have all their keys and values; `depths`:
+    block applications of each of these. `pages` and `lengths`: page ids and number of entries of each virtual sequence,
+    those of the segment in flight included. `prefill`: tokens to compute before it decodes, as known when it was last
+    admitted. `cached_tokens`: how many of them it found in the prefix cache when it was first admitted. `in_slot`:
+    whether it decodes by itself in a slot of the device, instead of visit by visit.
     """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
+    in_slot: bool = False
     arrival: int = -1
     output: list[int] = field(default_factory=list[int])
     depths: list[int] = field(default_factory=list[int])
@@ -58,9 +61,15 @@ class Request:
         return self.num_computed < self.prefill
 
     @property
+    def is_decoding_alone(self) -> bool:
+        """Whether it is in a slot, or waits for one."""
+        return self.in_slot and self.state == "running" and not self.is_prefilling
+
+    @property
     def is_ready(self) -> bool:
-        """Whether a segment may enter: admitted, nothing in flight, and something to compute."""
-        return self.state == "running" and self.segment is None and self.num_computed < self.num_known
+        """Whether a segment may enter: admitted, nothing in flight, and something to compute in it."""
+        left = self.num_known - self.in_slot - self.num_computed
+        return self.state == "running" and self.segment is None and left > 0
 
 
 @dataclass(kw_only=True, eq=False)

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mor.engine.budgets import Budgets
 from mor.engine.kv_store import KvStore, PageLayout
-from mor.engine.paged_attention import Layer, PagedScope, Span, Writes
+from mor.engine.layers import Layers, Pages
+from mor.engine.paged_attention import Integers, PagedScope, Span
 from mor.engine.request import Segment, SegmentResult
-from mor.model.layers import MorDecoderLayer
 from mor.model.modeling_mor import MorForCausalLM
 from mor.model.routing import Choice, Route, RoutingInput, Visit
 from mor.model.token_set import TokenSet
@@ -53,12 +53,16 @@ class Cohort:
 
 @dataclass(kw_only=True)
 class _Batch:
-    """Rows of a visit: what they see, where their keys and values go, and their rotary positions (1, M, E)."""
+    """Rows of a visit; see `layers.Rows`."""
 
     scope: PagedScope
-    writes: Writes
-    cos_1ME: Tensor
-    sin_1ME: Tensor
+    rotary: tuple[Tensor, Tensor]
+    page_N: Tensor | None
+    place_N: Tensor
+
+    def attend(self, query_NHE: Tensor, pages: Pages) -> Tensor:
+        """What each row sees."""
+        return self.scope.attend(query_NHE, pages)
 
 
 @dataclass(kw_only=True)
@@ -67,15 +71,15 @@ class _Work:
     unshared layers)."""
 
     segment: Segment
-    numbers: list[int]
+    numbers: Integers
     recursion: int | None
 
 
 class Runner:
     """Runs segments of requests on a model. Logits of requests' last tokens wait in `take_logits`."""
 
-    def __init__(self, model: MorForCausalLM, layout: PageLayout, store: KvStore) -> None:
-        self.layout, self.store = layout, store
+    def __init__(self, model: MorForCausalLM, layout: PageLayout, store: KvStore, layers: Layers) -> None:
+        self.layout, self.store, self._layers = layout, store, layers
         self._lm_head, self._model = model.lm_head, model.model
         self._plan, self._policy = model.config.depth_plan, model.config.kv_cache
         self.budgets = Budgets(model.model.recursion.router, self._plan)
@@ -128,7 +132,7 @@ class Runner:
         works, ids = [], []
         for segment in segments:
             stop = segment.start + segment.count
-            works.append(_Work(segment=segment, numbers=list(range(segment.start, stop)), recursion=None))
+            works.append(_Work(segment=segment, numbers=np.arange(segment.start, stop), recursion=None))
             ids += segment.tokens
         x_ND = self._model.embed_tokens(torch.tensor(ids, device=self._device))
         if self._plan.num_outer:
@@ -140,7 +144,7 @@ class Runner:
         limits = torch.tensor([self.budgets.limit(budget) for budget in budgets], device=self._device)
         cohort = Cohort(
             segments=segments,
-            number_N=torch.tensor([n for work in works for n in work.numbers], device=self._device),
+            number_N=torch.from_numpy(np.concatenate([work.numbers for work in works])).to(self._device),
             limit_N=limits.repeat_interleave(counts),
             stream_ND=x_ND,
             x_ND=x_ND,
@@ -186,9 +190,13 @@ class Runner:
                 if self.layout.shape.written[work.recursion]:
                     added[id(work.segment)][work.recursion] += len(work.numbers)
             batches[recursion] = self._batch(works, x_MD)
-        for layer, recursion in self._block_order():
-            block_layer = cast(MorDecoderLayer, self._model.recursion.block[layer])
-            x_MD = self._layer(block_layer, x_MD, batches[recursion], self.store.block_layers[layer])
+        order = self._block_order()
+        x_MD = self._layers(
+            [self._model.recursion.block[layer] for layer, _ in order],
+            x_MD,
+            [batches[recursion] for _, recursion in order],
+            [self.store.block_layers[layer] for layer, _ in order],
+        )
         ys = x_MD.split([int(mask.sum()) for mask in masks])
         for cohort, mask, y_KD in zip(cohorts, masks, ys, strict=True):
             self._merge(cohort, mask, y_KD)
@@ -201,10 +209,10 @@ class Runner:
         return [(step.block_layer, step.recursion) for step in self._plan.block_steps]  # type: ignore[misc]
 
     def _works(self, cohort: Cohort, mask_N: Tensor, recursion: int | None) -> Iterable[_Work]:
-        numbers, mask = cohort.number_N.tolist(), mask_N.tolist()
+        numbers, mask = cohort.number_N.cpu().numpy(), mask_N.cpu().numpy()
         for segment, rows in cohort.slices():
-            chosen = [n for n, taken in zip(numbers[rows], mask[rows], strict=True) if taken]
-            if chosen:
+            chosen = numbers[rows][mask[rows]]
+            if len(chosen):
                 at = cohort.recursion if recursion is None else recursion
                 yield _Work(segment=segment, numbers=chosen, recursion=at)
 
@@ -236,7 +244,7 @@ class Runner:
         for cohort in self._cohorts:
             for segment, rows in cohort.slices():
                 if id(segment) in finished:
-                    numbers = list(range(segment.start, segment.start + segment.count))
+                    numbers = np.arange(segment.start, segment.start + segment.count)
                     works.append(_Work(segment=segment, numbers=numbers, recursion=None))
                     streams.append(cohort.stream_ND[rows])
         if not works:
@@ -251,46 +259,45 @@ class Runner:
             if work.segment.needs_head:
                 last.append((id(work.segment), row))
         if last:
-            hidden_ND = self._model.normed(x_ND[[row for _, row in last]])
+            hidden_ND = self._layers.normed(self._model.norm, x_ND[[row for _, row in last]])
             logits_NV = self._lm_head(hidden_ND).float()
             self._logits |= {key: logits_V for (key, _), logits_V in zip(last, logits_NV, strict=True)}
 
     def _outer_layers(self, layers: nn.ModuleList, x_ND: Tensor, works: list[_Work], *, first: int) -> Tensor:
         batch = self._batch(works, x_ND, is_new=first == 0)  # last layers write where the first layers did
-        for index, layer in enumerate(layers):
-            x_ND = self._layer(cast(MorDecoderLayer, layer), x_ND, batch, self.store.outer_layers[first + index])
-        return x_ND
+        pages = self.store.outer_layers[first : first + len(layers)]
+        return self._layers(layers, x_ND, [batch] * len(layers), pages)
 
     def _batch(self, works: list[_Work], x_MD: Tensor, *, is_new: bool = True) -> _Batch:
-        spans, rows, pages, places, numbers = [], [], [], [], []
-        start = 0
+        spans, pages, places = [], [], []
+        start, size = 0, self.layout.shape.tokens_per_page[self._sequence(works[0].recursion)]
         for work in works:
             stop = start + len(work.numbers)
             spans.append(self._span(work, start, stop))
             if self._written(work):
-                sequence, entries = self._sequence(work.recursion), self._entries(work)
-                size = self.layout.shape.tokens_per_page[sequence]
-                table = work.segment.request.pages[sequence]
-                rows += range(start, stop)
-                pages += [table[entry // size] for entry in entries]
-                places += [entry % size for entry in entries]
-            numbers += work.numbers
+                entries, table = self._entries(work), work.segment.request.pages[self._sequence(work.recursion)]
+                pages.append(np.asarray(table, dtype=np.int64)[entries // size])
+                places.append(entries % size)
+            else:
+                pages.append(np.full(len(work.numbers), self.store.nobodys))
+                places.append(np.zeros_like(work.numbers))
             start = stop
-        row_N, page_N, place_N, number_M = (
-            torch.tensor(v, dtype=torch.int64, device=self._device) for v in (rows, pages, places, numbers)
-        )
+        page_M, place_M = np.concatenate(pages), np.concatenate(places)
         if is_new:
-            self.store.clear_pages([page for page, place in zip(pages, places, strict=True) if place == 0])
+            self.store.clear_pages(page_M[(place_M == 0) & (page_M != self.store.nobodys)].tolist())
+        number_N, page_N, place_N = map(self._sent, (np.concatenate([w.numbers for w in works]), page_M, place_M))
         if works[0].recursion is not None:
-            self.store.numbers[page_N, place_N] = number_M[row_N]
-        size = self.layout.shape.tokens_per_page[self._sequence(works[0].recursion)]
-        cos_1ME, sin_1ME = self._model.rotary_emb(x_MD[None], position_ids=number_M[None])
+            self.store.numbers[page_N, place_N] = number_N
+        cos_1NE, sin_1NE = self._model.rotary_emb(x_MD[None], position_ids=number_N[None])
         return _Batch(
             scope=PagedScope(spans, size, self.store.numbers),
-            writes=Writes(row_N=row_N, page_N=page_N, place_N=place_N),
-            cos_1ME=cos_1ME,
-            sin_1ME=sin_1ME,
+            rotary=(cos_1NE[0], sin_1NE[0]),
+            page_N=page_N if any(map(self._written, works)) else None,
+            place_N=place_N,
         )
+
+    def _sent(self, values: Integers) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
 
     def _sequence(self, recursion: int | None) -> int:
         return self._plan.num_recursions if recursion is None else recursion
@@ -298,12 +305,12 @@ class Runner:
     def _written(self, work: _Work) -> bool:
         return self.layout.shape.written[self._sequence(work.recursion)]
 
-    def _entries(self, work: _Work) -> list[int]:
+    def _entries(self, work: _Work) -> Integers:
         """Which entries of their own sequence the rows become."""
         if work.recursion is None:
             return work.numbers
         have = work.segment.request.lengths[work.recursion]
-        return list(range(have, have + len(work.numbers)))
+        return np.arange(have, have + len(work.numbers))
 
     def _span(self, work: _Work, start: int, stop: int) -> Span:
         request, recursion = work.segment.request, work.recursion
@@ -312,7 +319,7 @@ class Runner:
             return Span(start=start, stop=stop, pages=pages, last=self._entries(work))
         if self._policy == "shared":
             return Span(start=start, stop=stop, pages=request.pages[0], last=work.numbers)
-        own = self._entries(work)[-1] + 1
+        own = int(self._entries(work)[-1]) + 1
         return Span(
             start=start,
             stop=stop,
@@ -321,15 +328,3 @@ class Runner:
             own_pages=request.pages[recursion],
             own_entries=own,
         )
-
-    def _layer(self, layer: MorDecoderLayer, x_MD: Tensor, batch: _Batch, pages: Layer) -> Tensor:
-        rotary = batch.cos_1ME, batch.sin_1ME
-        if len(batch.writes.row_N) == len(x_MD):
-            query_1MHE, key_1MGE, value_1MGE = layer.before_attention(x_MD[None], *rotary)
-        else:
-            row_N = batch.writes.row_N
-            query_1MHE = layer.queries_alone(x_MD[None], *rotary)
-            _, key_1MGE, value_1MGE = layer.before_attention(x_MD[None, row_N], *(t[:, row_N] for t in rotary))
-        batch.writes.put(pages, key_1MGE[0], value_1MGE[0])
-        out_MHE = batch.scope.attend(query_1MHE[0], pages)
-        return layer.after_attention(x_MD[None], out_MHE[None])[0]

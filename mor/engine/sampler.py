@@ -99,7 +99,7 @@ def _choose(logits_MV: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, lis
     drawn = [m for m, row in enumerate(rows) if math.isfinite(peaks[m]) and not row.params.is_greedy]
     if drawn:
         index, chosen = _ids(drawn, x_MV), [rows[m] for m in drawn]
-        seed_M, index_M = _ids([_signed(row.seed) for row in chosen], x_MV), _ids([row.index for row in chosen], x_MV)
+        seed_M, index_M = _ids([signed(row.seed) for row in chosen], x_MV), _ids([row.index for row in chosen], x_MV)
         weight_MV = weigh(x_MV[index] if len(drawn) < len(rows) else x_MV, chosen)
         token_M[index] = draw(weight_MV, uniform(seed_M, index_M))
     return token_M, peaks
@@ -274,7 +274,7 @@ def _count(tokens: Sequence[Sequence[int]], like_MV: Tensor) -> Tensor:
     return torch.bincount(row_L * size + token_L, minlength=len(tokens) * size).view(len(tokens), size)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """The signed 64-bit integer of the same low 64 bits."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 

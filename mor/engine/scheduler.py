@@ -2,6 +2,9 @@
 
 Integers only and deterministic: the same calls give the same plans. First come, first served: requests run in order of
 arrival, and where pages lack the youngest running one gives way, so the oldest always goes on and every request ends.
+
+A request decodes in one of two ways: visit by visit, each planned here; or by itself in a *slot* of the device, many
+visits at a time, for which it gets pages ahead: see `Request.in_slot` and `plan(ahead)`.
 """
 
 from __future__ import annotations
@@ -56,9 +59,13 @@ class Plan:
 
     No page is both source and target, so the order of the copies does not matter. `preempted`: requests whose segment
     in flight, if any, is dropped; they will start again from their first token. `num_tokens`: that take the visit.
+    `decoding`: requests that are in a slot or may enter one, with pages for the visits ahead; `grown`: which of these
+    got pages now.
     """
 
     segments: list[Segment] = field(default_factory=list[Segment])
+    decoding: list[Request] = field(default_factory=list[Request])
+    grown: list[Request] = field(default_factory=list[Request])
     preempted: list[Request] = field(default_factory=list[Request])
     copies: list[PageCopy] = field(default_factory=list[PageCopy])
     num_tokens: int = 0
@@ -68,7 +75,12 @@ class Scheduler:
     """Plans visits: `plan`, run it, `complete` each of its segments, `append` or `finish` where a token was sampled."""
 
     def __init__(
-        self, *, shape: CacheShape, limits: Limits, pool: BlockPool, prefix_cache: PrefixCache | None = None
+        self,
+        *,
+        shape: CacheShape,
+        limits: Limits,
+        pool: BlockPool,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         self.shape, self.limits = shape, limits
         self._pool, self._prefix_cache = pool, prefix_cache
@@ -152,6 +164,15 @@ class Scheduler:
         request.state, request.finish_reason = "finished", reason
         self._release(request)
 
+    def advance(self, request: Request, tokens: Sequence[int], depths: Sequence[int], lengths: Sequence[int]) -> None:
+        """Enter what a request did in its slot: tokens sampled, depths of as many that were computed, and the entries
+        of its sequences, those of the token on its way included."""
+        assert request.is_decoding_alone and len(tokens) == len(depths)
+        request.output += tokens
+        request.depths += depths
+        request.num_computed += len(depths)
+        request.lengths = list(lengths)
+
     def append(self, request: Request, token: int) -> None:
         """Add a sampled token to a running request; its segment may enter at the next plan."""
         assert request.state == "running" and request.segment is None and request.num_computed == request.num_known
@@ -191,22 +212,45 @@ class Scheduler:
         if self._prefix_cache is not None and request.num_computed == request.prefill:
             self._prefix_cache.insert(request)
 
-    def plan(self) -> Plan:
+    def plan(self, ahead: int = 0) -> Plan:
         """Decide the next visit, and take the pages it may fill.
 
         Segments in flight go on; then the requests that decode enter their next token, then prompts that have begun
-        their next chunk, then new requests are admitted.
+        their next chunk, then new requests are admitted. Requests in slots get pages for `ahead` visits after the last
+        one whose outcome was entered.
         """
         plan = Plan(num_tokens=sum(request.segment.active for request in self._running if request.segment))
         between = [request for request in self._running if request.segment is None]
+        decoding = [request for request in between if request.is_decoding_alone]
+        growth = self.shape.growths(ahead)
         for request in tuple(self._running):
-            if request.segment is not None and not self._reserve(request.segment, plan):
+            if request.state == "running" and not self._go_on(request, growth, plan):
                 self._preempt(request, plan)
         self._enter(between, plan, prefilling=False)
         if self._enter(between, plan, prefilling=True) and not plan.preempted:
             self._admit(plan)
         plan.segments += [request.segment for request in self._running if request.segment]
+        plan.decoding += [request for request in decoding if request.state == "running"]
         return plan
+
+    def _go_on(self, request: Request, growth: Sequence[int], plan: Plan) -> bool:
+        """Take the pages with which a running request goes on; False if there are none for it."""
+        if request.segment is not None:
+            return self._reserve(request.segment, plan)
+        if not request.is_decoding_alone or self._reaches(request, growth):
+            return True
+        most = len(request.prompt) + self.most_output(request) - 1
+        lengths = [min(most, length + more) for length, more in zip(request.lengths, growth, strict=True)]
+        plan.grown.append(request)
+        return self._take(request, [(s, lengths[s]) for s, written in enumerate(self.shape.written) if written], plan)
+
+    def _reaches(self, request: Request, growth: Sequence[int]) -> bool:
+        """Whether the pages of a request in a slot hold this many more entries."""
+        sizes = self.shape.tokens_per_page
+        for length, more, pages, size in zip(request.lengths, growth, request.pages, sizes):
+            if length + more > len(pages) * size:
+                return False
+        return True
 
     def _enter(self, requests: Sequence[Request], plan: Plan, *, prefilling: bool) -> bool:
         """Let requests that are ready enter their next segments, in order of arrival; False if one found no room."""
@@ -221,8 +265,12 @@ class Scheduler:
     def _next_segment(self, request: Request, start: int | None = None) -> Segment:
         start, chunk = request.num_computed if start is None else start, self.limits.prefill_chunk
         return Segment(
-            request=request, start=start, count=min(request.num_known, start - start % chunk + chunk) - start
+            request=request, start=start, count=min(self._prefill(request), start - start % chunk + chunk) - start
         )
+
+    def _prefill(self, request: Request) -> int:
+        """Tokens to compute, on admission, before the request decodes."""
+        return request.num_known - request.in_slot
 
     def _has_room(self, segment: Segment, plan: Plan) -> bool:
         if plan.num_tokens + segment.count <= self.limits.max_visit_tokens:
@@ -236,10 +284,14 @@ class Scheduler:
 
     def _reserve(self, segment: Segment, plan: Plan) -> bool:
         """Take the pages that a visit of `segment` may fill; False if even younger requests' do not suffice."""
-        request = segment.request
+        lengths = segment.request.lengths
+        growing = self.shape.growing[segment.recursion]
+        return self._take(segment.request, [(s, lengths[s] + segment.active) for s in growing], plan)
+
+    def _take(self, request: Request, lengths: Sequence[tuple[int, int]], plan: Plan) -> bool:
+        """Take pages for sequences to reach lengths; False if even younger requests' do not suffice."""
         wanted: list[tuple[int, int]] = []
-        for sequence in self.shape.growing[segment.recursion]:
-            length = request.lengths[sequence] + segment.active
+        for sequence, length in lengths:
             lack = self.shape.pages(sequence, length) - len(request.pages[sequence])
             if lack > 0:
                 wanted.append((sequence, lack))
@@ -298,26 +350,28 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> None:
         """Admit waiting requests in order of arrival, while there are slots, tokens and pages."""
+        outstanding = sum(map(self._outstanding, self._running)) if self._waiting else 0
         while self._waiting and len(self._running) < self.limits.max_requests:
             request = self._waiting[0]
             node = self._find_prefix(request)
             start = node.num_tokens if node else 0
             if not self._has_room(self._next_segment(request, start), plan):
                 return
-            if not self._claim(request, node):
+            if not self._claim(request, node, outstanding):
                 if self._running:
                     return
                 self._clear_prefixes()
                 node = None
             self._begin(request, node, plan)
+            outstanding += self._outstanding(request)
 
     def _find_prefix(self, request: Request) -> PrefixNode | None:
         if self._prefix_cache is None:
             return None
         return self._prefix_cache.lookup(request.tokens, request.params.budget)
 
-    def _claim(self, request: Request, node: PrefixNode | None) -> bool:
-        """Whether all tokens known of `request` fit, at worst, beside what is known of the running ones.
+    def _claim(self, request: Request, node: PrefixNode | None, outstanding: int) -> bool:
+        """Whether all tokens known of `request` fit, at worst, beside what the running ones may still take.
 
         Taking in more would make requests preempt each other in turn. On success `node` is held.
         """
@@ -326,7 +380,7 @@ class Scheduler:
         if node is not None and self._prefix_cache is not None:
             self._prefix_cache.hold(request, node)
             needed -= sum(length // size for length, size in zip(node.lengths, self.shape.tokens_per_page, strict=True))
-        if self._evict_for(needed + sum(map(self._outstanding, self._running))):
+        if self._evict_for(needed + outstanding):
             return True
         if self._prefix_cache is not None:
             self._prefix_cache.release(request)
@@ -335,17 +389,18 @@ class Scheduler:
     def _outstanding(self, request: Request) -> int:
         """Pages that a running request may still take for the tokens known of it."""
         worst = self.shape.worst_pages(request.num_known, request.lengths, request.num_computed)
-        return worst - request.num_pages
+        return max(0, worst - request.num_pages)  # a slot's pages may reach ahead of what is known
 
     def _begin(self, request: Request, node: PrefixNode | None, plan: Plan) -> None:
-        """Admit the first waiting request, whose pages are there, and let its first segment enter."""
+        """Admit the first waiting request, whose pages are there, and let its first segment enter, if it has one."""
         if node is not None and self._prefix_cache is not None:
             plan.copies += self._prefix_cache.adopt(request, node)
         if not request.num_preemptions:
             request.cached_tokens = request.num_computed
-        request.state, request.prefill = "running", request.num_known
+        request.state, request.prefill = "running", self._prefill(request)
         self._running.append(self._waiting.popleft())
-        segment = self._next_segment(request)
-        reserved = self._reserve(segment, plan)
-        assert reserved and not plan.preempted
-        self._start(segment, plan)
+        if request.is_prefilling:
+            segment = self._next_segment(request)
+            reserved = self._reserve(segment, plan)
+            assert reserved and not plan.preempted
+            self._start(segment, plan)

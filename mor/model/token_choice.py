@@ -118,30 +118,36 @@ class TokenChoiceRouter(Router):
         """Logits (B, T, R)."""
         return self.head(self._tempered(x_BTD))  # type: ignore[no-any-return]
 
-    def begin(self, inputs: RoutingInput) -> Route:
-        logits_BTR = self.read(inputs.x_BTD)
-        activate = torch.sigmoid if self.config.router_activation == "sigmoid" else lambda z: z.softmax(dim=-1)
-        score_BTR = self.alpha * activate(logits_BTR)
-        assert isinstance(inputs.rule, DepthRule)
+    def pick(self, x_BTD: Tensor, rule: DepthRule, valid_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens' depths (0-based) and gates, (B, T) each, and the logits (B, T, R)."""
+        logits_BTR = self.read(x_BTD)
+        score_BTR = self._scores(logits_BTR)
         biased_BTR = score_BTR.detach() + self.load_bias if self.config.balancing == "loss_free" else score_BTR.detach()
-        depth_BT = inputs.rule.depth(biased_BTR, inputs.tokens.valid_BK)
-        gate_BT = score_BTR.gather(-1, depth_BT[..., None]).squeeze(-1)
+        depth_BT = rule.depth(biased_BTR, valid_BT)
+        return depth_BT, score_BTR.gather(-1, depth_BT[..., None]).squeeze(-1), logits_BTR
+
+    def _scores(self, logits_BTR: Tensor) -> Tensor:
+        activate = torch.sigmoid if self.config.router_activation == "sigmoid" else lambda z: z.softmax(dim=-1)
+        return self.alpha * activate(logits_BTR)
+
+    def begin(self, inputs: RoutingInput) -> Route:
+        assert isinstance(inputs.rule, DepthRule)
+        valid_BT = inputs.tokens.valid_BK
+        depth_BT, gate_BT, logits_BTR = self.pick(inputs.x_BTD, inputs.rule, valid_BT)
         route = TokenRoute(self, inputs, depth_BT=depth_BT, gate_BT=gate_BT, logits_BTR=logits_BTR)
         if self.training:
-            route.losses = self._losses(logits_BTR, score_BTR, depth_BT, inputs.tokens.valid_BK)
+            route.losses = self._losses(logits_BTR, depth_BT, valid_BT)
         return route
 
-    def _losses(
-        self, logits: Tensor, score_BTR: Tensor, depth_BT: Tensor, valid_BT: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _losses(self, logits_BTR: Tensor, depth_BT: Tensor, valid_BT: Tensor | None) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         load_R = depth_load(depth_BT, self.num_recursions, valid_BT)
         if self.config.balancing == "loss":
-            losses["balancing"] = balancing_loss(score_BTR, load_R, valid_BT)
+            losses["balancing"] = balancing_loss(self._scores(logits_BTR), load_R, valid_BT)
         if self.config.balancing == "loss_free":
             self.load_sum += load_R
         if self.config.router_z_loss_coef:
-            losses["router_z"] = z_loss(logits, valid_BT)
+            losses["router_z"] = z_loss(logits_BTR, valid_BT)
         return losses
 
     def update_bias(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mor.engine.paged_attention import PagedScope, Span, Writes
+from mor.engine.paged_attention import PagedScope, Span
 
 PAGES, ENTRIES, KV_HEADS, HEADS, SIZE = 40, 3, 2, 6, 4
 
@@ -128,13 +128,3 @@ def test_half_precision_pages_serve_float32_queries() -> None:
     out_MHE = PagedScope(spans, ENTRIES, pool.numbers).attend(query_MHE, layer)
     assert out_MHE.dtype == torch.float32
     torch.testing.assert_close(out_MHE, expected(pool, spans, query_MHE), atol=0.05, rtol=0)
-
-
-def test_writing() -> None:
-    pool = Pool(random.Random(0))
-    writes = Writes(row_N=torch.arange(2), page_N=torch.tensor([5, 2]), place_N=torch.tensor([0, 2]))
-    key, value = torch.randn(2, 2, KV_HEADS, SIZE)
-    writes.put((pool.keys, pool.values), key, value)
-    assert torch.equal(pool.keys[5, 0], key[0]) and torch.equal(pool.keys[2, 2], key[1])
-    assert torch.equal(pool.values[5, 0], value[0]) and torch.equal(pool.values[2, 2], value[1])
-    assert pool.keys.isnan().sum() == ((PAGES - 1) * ENTRIES - 2) * KV_HEADS * SIZE

@@ -21,15 +21,20 @@ class Watched:
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.engine, self.rows = engine, list[Counter[str]]()
         names = {id(layer): "block" for layer in engine.model.model.recursion.block}
-        apply = engine.runner._layer
+        apply = engine.runner._layers
 
-        def watched(layer: Any, x_MD: torch.Tensor, *rest: Any) -> torch.Tensor:
-            name = names.get(id(layer), "outer")
-            self.rows[-1][name] += len(x_MD)
-            self.rows[-1][f"{name} calls"] += 1
-            return apply(layer, x_MD, *rest)
+        class Watching:
+            normed = apply.normed
 
-        monkeypatch.setattr(engine.runner, "_layer", watched)
+            def __call__(self, layers: Any, x_MD: torch.Tensor, *rest: Any) -> torch.Tensor:
+                for layer in layers:
+                    name = names.get(id(layer), "outer")
+                    counts[-1][name] += len(x_MD)
+                    counts[-1][f"{name} calls"] += 1
+                return apply(layers, x_MD, *rest)
+
+        counts = self.rows
+        monkeypatch.setattr(engine.runner, "_layers", Watching())
 
     def visit(self, segments: list[Segment] | None = None) -> dict[str, tuple[Segment, SegmentResult]]:
         """One visit of the planned segments, or of these among them."""

@@ -1,8 +1,12 @@
+import functools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from mor.model import ranged_attention
 from mor.model.ranged_attention import BLOCK, KeyRange, attend_blocks, document_starts, visible_blocks
 from mor.model.token_set import TokenSet
 from tests.tiny import random_ids, tiny_model
@@ -53,6 +57,12 @@ def test_real_queries_see_the_earlier_real_keys_of_their_document(kind, share):
             assert seen == [k for k in reachable if k <= place and documents[row, k] == documents[row, place]]
 
 
+def blocks_of(keys):
+    """What `keys.blocks` would be, not compiled."""
+    first, last = keys.bounds
+    return visible_blocks(torch.zeros_like(last) if first is None else first, last, keys.num_keys)
+
+
 @given(
     size=st.integers(1, 700),
     length=st.sampled_from([3, 50, 200, 2000]),
@@ -64,7 +74,7 @@ def test_blocks_say_exactly_what_is_seen(size, length, kind, seed):
     from the keys'."""
     keys, _ = keys_of(random_documents(max(size, 8), length, seed=seed), 0.6, kind=kind, seed=seed)
     seen = keys.mask_BKL
-    blocks = visible_blocks(keys.first_BK, keys.last_BK, keys.num_keys)
+    blocks = blocks_of(keys)
     padded = torch.nn.functional.pad(seen, (0, -seen.shape[2] % BLOCK, 0, -seen.shape[1] % BLOCK))
     tiles = padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3)
     real = torch.nn.functional.pad(torch.ones_like(seen), (0, -seen.shape[2] % BLOCK, 0, -seen.shape[1] % BLOCK))
@@ -107,9 +117,24 @@ def random_inputs(keys, size=16, **settings):
 def test_the_block_sparse_twin_equals_the_masked_attention(size, length, kind):
     keys, _ = keys_of(random_documents(size, length), 0.7, kind=kind)
     inputs = random_inputs(keys)
-    blocks = visible_blocks(keys.first_BK, keys.last_BK, keys.num_keys)
+    blocks = blocks_of(keys)
     sparse = attend_blocks(*inputs, keys.first_BK, keys.last_BK, blocks)
     torch.testing.assert_close(sparse, keys.attend(*inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_sizes_is_compiled_a_few_times(kind, monkeypatch):
+    """Token-choice and warm-ups change the number of queries in each step, and inside documents that of keys."""
+    counters = {name: CompileCounterWithBackend("eager") for name in ("visible_blocks", "attend_blocks")}
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=counters[f.__name__], **options))
+    monkeypatch.setattr(ranged_attention, "_compiled", functools.cache(ranged_attention._compiled.__wrapped__))
+    torch._dynamo.reset()
+    for size in (300, 350, 333, 256, 400, 512, 600, 200, 450, 501, 384, 210):
+        keys, _ = keys_of(random_documents(size, 90), 0.7, kind=kind)
+        ranged_attention._compiled(attend_blocks)(*random_inputs(keys), *keys.bounds, keys.blocks)
+    assert counters["visible_blocks"].frame_count == 1
+    assert counters["attend_blocks"].frame_count <= 4  # sizes of the first call, any, few blocks
 
 
 @pytest.mark.gpu

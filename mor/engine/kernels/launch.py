@@ -1,0 +1,60 @@
+"""Where the kernels run, and what they ask of their tensors.
+
+Legend: X pages, P entries of a page, H query heads, G key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+from torch import Tensor
+
+kernel: Callable[..., Any] = triton.jit
+"""Triton's decorator without its types, which know no launch options such as `num_warps`."""
+
+
+def runs_kernel(tensor: Tensor) -> bool:
+    """Whether a kernel can read the tensor; its twin can in any case."""
+    return tensor.is_cuda
+
+
+def check_heads(query_RHE: Tensor, key_XPGE: Tensor, value_XPGE: Tensor) -> None:
+    """Raises ValueError for queries and pages that the attention kernels cannot read."""
+    heads, size = query_RHE.shape[1:]
+    check_head_size(size)
+    if query_RHE.stride()[1:] != (size, 1):
+        raise ValueError(f"queries of strides {query_RHE.stride()} do not hold a row's heads one after another")
+    check_pages(key_XPGE, value_XPGE, size)
+    groups = key_XPGE.shape[2]
+    if heads % groups:
+        raise ValueError(f"{heads} query heads cannot share {groups} key/value heads evenly")
+    if key_XPGE.dtype != query_RHE.dtype:
+        raise ValueError(f"queries of {query_RHE.dtype} cannot read pages of {key_XPGE.dtype}; make both the same")
+
+
+def check_head_size(size: int) -> None:
+    """Raises ValueError unless the head size is a power of two, at least 16."""
+    if size < 16 or size & (size - 1):
+        raise ValueError(f"head size {size} must be a power of two, at least 16")
+
+
+def check_pages(key_XPGE: Tensor, value_XPGE: Tensor, size: int) -> None:
+    """Raises ValueError unless keys and values are views of one pool, with the heads of an entry lying together."""
+    if key_XPGE.shape != value_XPGE.shape or key_XPGE.shape[3] != size:
+        shapes = tuple(key_XPGE.shape), tuple(value_XPGE.shape)
+        raise ValueError(f"pages of shapes {shapes[0]} and {shapes[1]} do not hold heads of size {size} alike")
+    strides = key_XPGE.stride(), value_XPGE.stride()
+    if strides[0] != strides[1] or strides[0][2:] != (size, 1) or key_XPGE.dtype != value_XPGE.dtype:
+        raise ValueError(f"keys of strides {strides[0]} and values of strides {strides[1]} are not views of one pool")
+
+
+def check_rows(like: Tensor, **tensors: Tensor) -> None:
+    """Raises ValueError unless every tensor is contiguous, has as many rows as `like` and is on its device."""
+    for name, tensor in tensors.items():
+        if len(tensor) != len(like) or not tensor.is_contiguous() or tensor.device != like.device:
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)}, strides {tensor.stride()} on {tensor.device} must be "
+                f"contiguous, of {len(like)} rows on {like.device}"
+            )

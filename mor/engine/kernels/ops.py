@@ -1,0 +1,9 @@
+"""What the layers and the sampling of slots are made of on CUDA, under the names of `mor.engine.plain_ops`."""
+
+from __future__ import annotations
+
+from mor.engine.kernels.draw import draw_tokens
+from mor.engine.kernels.fused import add_norm, rotate_and_store, swiglu
+from mor.engine.kernels.paged_decode import attend_pages
+
+__all__ = ["add_norm", "attend_pages", "draw_tokens", "rotate_and_store", "swiglu"]

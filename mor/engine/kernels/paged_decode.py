@@ -1,0 +1,203 @@
+"""Attention of single rows over the pages of virtual sequences, with grouped queries: the decode kernel.
+
+A row's entries are cut into splits of a fixed number, whatever else is in the batch, so a row's result depends on
+itself alone. A split reads its keys and values once for all query heads of a group, as in Flash-Decoding
+(https://crfm.stanford.edu/2023/10/12/flashdecoding.html); a second, small kernel joins the splits of rows that have
+several by their log-sum-exp.
+
+Legend: N rows, T rows of the table, X pages, P entries of a page, H query heads, G key/value heads, E head size, S
+splits, L entries of a tile, K splits joined at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mor.engine import plain_ops
+from mor.engine.kernels.launch import check_heads, check_rows, kernel, runs_kernel
+
+SPLIT = 256
+"""Entries of a split. Rounding depends on it, so all calls whose results are to be equal use the same."""
+
+TILE = 64
+"""Entries that a program reads at a time."""
+
+NUM_WARPS = 4
+NUM_STAGES = 5
+_JOINED = 8  # splits that the second kernel reads at a time
+_LOG2E = 1.4426950408889634
+
+
+@kernel(do_not_specialize=["num_splits"])
+def _attend_split(
+    query_NHE,
+    key_XPGE,
+    value_XPGE,
+    table_TX,
+    row_N,
+    last_N,
+    out_NHE,
+    part_NSHE,
+    lse_NSH,
+    scale,
+    query_stride,
+    page_stride,
+    entry_stride,
+    table_stride,
+    num_splits,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    TILE_ENTRIES: tl.constexpr,
+    SPLIT_ENTRIES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """A key/value head's group of query heads over one split of one row. Writes the output if that is all there is."""
+    group, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(last_N + row).to(tl.int32) + 1
+    start = split * SPLIT_ENTRIES
+    if (start >= length) & (split > 0):
+        return
+    stop = tl.minimum(start + SPLIT_ENTRIES, length)
+    size_E, in_group_H = tl.arange(0, SIZE), tl.arange(0, BLOCK_H)
+    is_head = in_group_H < GROUP
+    head_HE = (group * GROUP + in_group_H)[:, None] * SIZE + size_E[None, :]
+    query_HE = tl.load(query_NHE + row * query_stride + head_HE, mask=is_head[:, None], other=0.0)
+    pages = table_TX + tl.load(row_N + row).to(tl.int64) * table_stride
+    largest_H = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total_H = tl.zeros([BLOCK_H], tl.float32)
+    sum_HE = tl.zeros([BLOCK_H, SIZE], tl.float32)
+    for first in range(start, stop, TILE_ENTRIES):
+        entry_L = first + tl.arange(0, TILE_ENTRIES)
+        is_seen_L = entry_L < stop
+        page_L = tl.load(pages + entry_L // ENTRIES, mask=is_seen_L, other=0).to(tl.int64)
+        place_L = page_L * page_stride + (entry_L % ENTRIES) * entry_stride + group * SIZE
+        place_LE = place_L[:, None] + size_E[None, :]
+        key_LE = tl.load(key_XPGE + place_LE, mask=is_seen_L[:, None], other=0.0)
+        value_LE = tl.load(value_XPGE + place_LE, mask=is_seen_L[:, None], other=0.0)
+        score_HL = tl.dot(query_HE, tl.trans(key_LE), input_precision="ieee") * scale
+        score_HL = tl.where(is_seen_L[None, :], score_HL, float("-inf"))
+        peak_H = tl.maximum(largest_H, tl.max(score_HL, 1))
+        weight_HL = tl.exp2(score_HL - peak_H[:, None])
+        decay_H = tl.exp2(largest_H - peak_H)
+        total_H = total_H * decay_H + tl.sum(weight_HL, 1)
+        weight_HL = weight_HL.to(value_LE.dtype)
+        sum_HE = tl.dot(weight_HL, value_LE, sum_HE * decay_H[:, None], input_precision="ieee")
+        largest_H = peak_H
+    mean_HE = sum_HE / tl.where(total_H > 0, total_H, 1.0)[:, None]
+    if length <= SPLIT_ENTRIES:
+        out = out_NHE + row * HEADS * SIZE
+        tl.store(out + head_HE, mean_HE.to(out_NHE.dtype.element_ty), mask=is_head[:, None])
+    else:
+        place = (row * num_splits + split) * HEADS
+        tl.store(part_NSHE + place * SIZE + head_HE, mean_HE, mask=is_head[:, None])
+        tl.store(lse_NSH + place + group * GROUP + in_group_H, largest_H + tl.log2(total_H), mask=is_head)
+
+
+@kernel(do_not_specialize=["num_splits"])
+def _join_splits(
+    part_NSHE,
+    lse_NSH,
+    last_N,
+    out_NHE,
+    num_splits,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SPLIT_ENTRIES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One head of one row. Splits are added in blocks of a fixed number, so that `num_splits` changes no rounding."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    last = tl.load(last_N + row).to(tl.int32)
+    if last < SPLIT_ENTRIES:
+        return
+    used = last // SPLIT_ENTRIES + 1
+    size_E = tl.arange(0, SIZE)
+    largest = tl.full([], float("-inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    sum_E = tl.zeros([SIZE], tl.float32)
+    for first in range(0, used, BLOCK_K):
+        split_K = first + tl.arange(0, BLOCK_K)
+        place_K = (row * num_splits + split_K) * HEADS + head
+        lse_K = tl.load(lse_NSH + place_K, mask=split_K < used, other=float("-inf"))
+        place_KE = place_K[:, None] * SIZE + size_E[None, :]
+        part_KE = tl.load(part_NSHE + place_KE, mask=(split_K < used)[:, None], other=0.0)
+        peak = tl.maximum(largest, tl.max(lse_K, 0))
+        decay, weight_K = tl.exp2(largest - peak), tl.exp2(lse_K - peak)
+        total = total * decay + tl.sum(weight_K, 0)
+        sum_E = sum_E * decay + tl.sum(part_KE * weight_K[:, None], 0)
+        largest = peak
+    tl.store(out_NHE + (row * HEADS + head) * SIZE + size_E, (sum_E / total).to(out_NHE.dtype.element_ty))
+
+
+def attend_pages(
+    query_NHE: Tensor,
+    key_XPGE: Tensor,
+    value_XPGE: Tensor,
+    table_TX: Tensor,
+    row_N: Tensor,
+    last_N: Tensor,
+    longest: int,
+    *,
+    split: int = SPLIT,
+    tile: int = TILE,
+    num_warps: int = NUM_WARPS,
+    num_stages: int = NUM_STAGES,
+) -> Tensor:
+    """The heads' outputs (N, H, E) of rows that see entries 0..`last_N` of the pages `table_TX[row_N]`.
+
+    A row of `last_N` -1 sees nothing and gives zeros. `longest`: a bound on every row's number of entries, known to
+    the host; it sets the size of the grid and changes no result. Keys and values are views of one pool. `split` (a
+    multiple of `tile`), `tile` and the rest are for tuning; of these `split` and `tile` change the rounding. Softmax
+    scale E^-0.5. Raises ValueError for what the kernel cannot read.
+    """
+    if not runs_kernel(query_NHE):
+        return plain_ops.attend_pages(query_NHE, key_XPGE, value_XPGE, table_TX, row_N, last_N, longest)
+    _check(query_NHE, key_XPGE, value_XPGE, table_TX, row_N, last_N, split, tile)
+    (num_rows, heads, size), (entries, groups) = query_NHE.shape, key_XPGE.shape[1:3]
+    num_splits = max(1, -(-longest // split))
+    out_NHE = torch.empty(num_rows, heads, size, device=query_NHE.device, dtype=query_NHE.dtype)
+    shape = (num_rows, num_splits, heads) if num_splits > 1 else (0, 0, heads)
+    part_NSHE = torch.empty(*shape, size, device=query_NHE.device, dtype=torch.float32)
+    lse_NSH = torch.empty(shape, device=query_NHE.device, dtype=torch.float32)
+    if not num_rows:
+        return out_NHE
+    shared = dict(HEADS=heads, SIZE=size, SPLIT_ENTRIES=split)
+    strides = query_NHE.stride(0), *key_XPGE.stride()[:2], table_TX.stride(0)
+    _attend_split[(groups, num_splits, num_rows)](
+        *(query_NHE, key_XPGE, value_XPGE, table_TX, row_N, last_N, out_NHE, part_NSHE, lse_NSH),
+        *(_LOG2E / size**0.5, *strides, num_splits),
+        **shared,
+        GROUP=heads // groups,
+        ENTRIES=entries,
+        TILE_ENTRIES=tile,
+        BLOCK_H=max(16, triton.next_power_of_2(heads // groups)),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    if num_splits > 1:
+        join = _join_splits[(heads, num_rows)]
+        join(part_NSHE, lse_NSH, last_N, out_NHE, num_splits, **shared, BLOCK_K=_JOINED, num_warps=1)
+    return out_NHE
+
+
+def _check(
+    query_NHE: Tensor,
+    key_XPGE: Tensor,
+    value_XPGE: Tensor,
+    table_TX: Tensor,
+    row_N: Tensor,
+    last_N: Tensor,
+    split: int,
+    tile: int,
+) -> None:
+    check_heads(query_NHE, key_XPGE, value_XPGE)
+    check_rows(query_NHE, row_N=row_N, last_N=last_N)
+    if table_TX.stride(1) != 1:
+        raise ValueError(f"a table of strides {table_TX.stride()} does not hold a row's pages one after another")
+    if tile < 16 or tile & (tile - 1) or split % tile:
+        raise ValueError(f"tile={tile} must be a power of two, at least 16, that divides split={split}")

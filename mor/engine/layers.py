@@ -1,0 +1,131 @@
+"""The model's layers as the engine runs them: fused projections, and keys and values in pages.
+
+Legend: N rows, D hidden size, C projected size, F feed-forward size, H query heads, G key/value heads, E head size, P
+entries of a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from mor.model.configuration_mor import MorConfig
+from mor.model.layers import MorDecoderLayer
+
+Pages = tuple[Tensor, Tensor]
+"""A layer's keys and values of all pages, (pages, P, G, E) each."""
+
+
+class Rows(Protocol):
+    """Rows of a visit: their rotary positions (N, E), page and place in it of each one's new entry, and what it sees.
+
+    `page_N` None: none of them writes. A row that does not write among others that do has the page of nobody.
+    """
+
+    @property
+    def rotary(self) -> tuple[Tensor, Tensor]: ...
+
+    @property
+    def page_N(self) -> Tensor | None: ...
+
+    @property
+    def place_N(self) -> Tensor: ...
+
+    def attend(self, query_NHE: Tensor, pages: Pages) -> Tensor:
+        """The heads' outputs (N, H, E)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Weights:
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    out: nn.Linear
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: nn.Linear
+    input_norm: Tensor
+    post_norm: Tensor
+
+
+class Layers:
+    """All unique layers of a model, their projections fused. Weights are held once: the model's own become views."""
+
+    def __init__(self, config: MorConfig, ops: ModuleType) -> None:
+        assert config.head_dim is not None
+        self._ops, self._heads, self._eps = ops, config.num_attention_heads, config.rms_norm_eps
+        self._query_size = config.num_attention_heads * config.head_dim
+        self._act = None if config.hidden_act in ("silu", "swish") else ACT2FN[config.hidden_act]
+        self._weights: dict[int, _Weights] = {}
+
+    def __call__(
+        self, layers: nn.ModuleList | list[nn.Module], x_ND: Tensor, rows: Sequence[Rows], pages: Sequence[Pages]
+    ) -> Tensor:
+        """The output of one layer after another, each with its rows and pages; `x_ND` is overwritten."""
+        delta_ND: Tensor | None = None
+        for layer, layer_rows, layer_pages in zip(layers, rows, pages, strict=True):
+            weights = self._of(cast(MorDecoderLayer, layer))
+            x_ND, h_ND = self._ops.add_norm(x_ND, delta_ND, weights.input_norm, self._eps)
+            out_NHE = layer_rows.attend(self._queries(weights, h_ND, layer_rows, layer_pages), layer_pages)
+            x_ND, h_ND = self._ops.add_norm(x_ND, weights.out(out_NHE.flatten(1)), weights.post_norm, self._eps)
+            delta_ND = weights.down(self._gated(F.linear(h_ND, weights.gate_up, weights.gate_up_bias)))
+        return x_ND if delta_ND is None else x_ND + delta_ND
+
+    def _queries(self, weights: _Weights, h_ND: Tensor, rows: Rows, pages: Pages) -> Tensor:
+        """Rotated queries (N, H, E); keys and values go to their pages."""
+        weight, bias = weights.qkv, weights.qkv_bias
+        if rows.page_N is not None:
+            qkv_NC = F.linear(h_ND, weight, bias)
+            return self._ops.rotate_and_store(  # type: ignore[no-any-return]
+                qkv_NC, *rows.rotary, rows.page_N, rows.place_N, *pages, self._heads
+            )
+        query_NC = F.linear(h_ND, weight[: self._query_size], None if bias is None else bias[: self._query_size])
+        nowhere = None, None, None, None
+        return self._ops.rotate_and_store(query_NC, *rows.rotary, *nowhere, self._heads)  # type: ignore[no-any-return]
+
+    def normed(self, norm: nn.RMSNorm, x_ND: Tensor) -> Tensor:
+        """The final norm."""
+        return self._ops.add_norm(x_ND, None, norm.weight, self._eps)[1]  # type: ignore[no-any-return]
+
+    def _gated(self, both_N2F: Tensor) -> Tensor:
+        if self._act is None:
+            return self._ops.swiglu(both_N2F)  # type: ignore[no-any-return]
+        gate_NF, up_NF = both_N2F.chunk(2, dim=-1)
+        return self._act(gate_NF) * up_NF
+
+    def _of(self, layer: MorDecoderLayer) -> _Weights:
+        if id(layer) not in self._weights:
+            attention, mlp = layer.self_attn, layer.mlp
+            qkv, qkv_bias = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
+            gate_up, gate_up_bias = _fused(mlp.gate_proj, mlp.up_proj)
+            self._weights[id(layer)] = _Weights(
+                qkv=qkv,
+                qkv_bias=qkv_bias,
+                out=attention.o_proj,
+                gate_up=gate_up,
+                gate_up_bias=gate_up_bias,
+                down=mlp.down_proj,
+                input_norm=layer.input_layernorm.weight,
+                post_norm=layer.post_attention_layernorm.weight,
+            )
+        return self._weights[id(layer)]
+
+
+def _fused(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of projections of the same input, one below the other; their own become views of these."""
+    biases = [projection.bias for projection in projections if projection.bias is not None]
+    return _joined([projection.weight for projection in projections]), _joined(biases) if biases else None
+
+
+def _joined(parameters: Sequence[Tensor]) -> Tensor:
+    joined = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
+        parameter.data = part
+    return joined

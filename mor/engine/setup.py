@@ -1,0 +1,89 @@
+"""What an engine is built from: pages, limits, slots, and the tokens that end a text."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from mor.engine.budgets import Budgets
+from mor.engine.kv_store import KvStore, PageLayout
+from mor.engine.layers import Layers
+from mor.engine.options import EngineOptions
+from mor.engine.scheduler import Limits
+from mor.engine.slots import Slots
+from mor.model.modeling_mor import MorForCausalLM
+
+
+def end_tokens(model: MorForCausalLM, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text, as the model's generation settings or the tokenizer name them."""
+    settings = getattr(model, "generation_config", None)
+    named = getattr(settings, "eos_token_id", None)
+    if named is None:
+        named = getattr(tokenizer, "eos_token_id", None)
+    if named is None:
+        return frozenset()
+    return frozenset([named] if isinstance(named, int) else named)
+
+
+def choose_num_pages(options: EngineOptions, page_bytes: int, device: torch.device) -> int:
+    """Pages of the pool: as given, or what its memory holds. Raises ValueError if that is none."""
+    if options.num_pages is not None:
+        return options.num_pages
+    memory = 2**30 if options.kv_memory_gib is None else options.kv_memory_gib * 2**30
+    if options.kv_memory_gib is None and device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0] * options.memory_share
+    if memory < page_bytes:
+        raise ValueError(f"{memory / 2**20:.1f} MiB hold no page of {page_bytes / 2**20:.1f} MiB; raise kv_memory_gib")
+    return int(memory // page_bytes)
+
+
+def limits_of(options: EngineOptions, model: MorForCausalLM) -> Limits:
+    """How much at once. Raises ValueError for a length that the model does not have."""
+    most = int(model.config.max_position_embeddings)
+    if options.max_length is not None and options.max_length > most:
+        raise ValueError(f"max_length={options.max_length} exceeds the model's max_position_embeddings={most}")
+    on_cuda = model.device.type == "cuda"
+    return Limits(
+        max_requests=options.max_requests,
+        max_visit_tokens=options.max_visit_tokens or (4096 if on_cuda else 512),
+        prefill_chunk=options.prefill_chunk or (1024 if on_cuda else 256),
+        max_length=options.max_length or most,
+    )
+
+
+def slots_of(
+    model: MorForCausalLM,
+    layout: PageLayout,
+    store: KvStore,
+    budgets: Budgets,
+    layers: Layers,
+    options: EngineOptions,
+    limits: Limits,
+) -> Slots | None:
+    """Slots, if they are asked for or the model can use them on its device. Raises ValueError if it cannot."""
+    if options.slots is False or (options.slots is None and model.device.type != "cuda"):
+        return None
+    try:
+        return Slots(
+            model,
+            layout,
+            store,
+            budgets,
+            num_slots=limits.max_requests,
+            visits=options.slot_visits or (8 if limits.max_requests <= 64 else 16),
+            max_length=limits.max_length,
+            layers=layers,
+            ops=ops_for(model.device),
+        )
+    except ValueError:
+        if options.slots:
+            raise
+        return None
+
+
+def ops_for(device: torch.device) -> ModuleType:
+    """What layers are made of: kernels on CUDA, plain PyTorch elsewhere."""
+    return import_module("mor.engine.kernels.ops" if device.type == "cuda" else "mor.engine.plain_ops")

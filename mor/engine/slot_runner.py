@@ -1,0 +1,296 @@
+"""Requests in slots, batches of visits, and what comes back: the host's side of `mor.engine.slot_program`.
+
+A batch is a few visits that are queued without waiting for the one before: its outcome is read when the next one is
+already queued, so the device never waits for the host. On CUDA a visit is a graph.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mor.engine.request import Request
+from mor.engine.slot_program import SlotProgram, VisitShape
+from mor.engine.slot_state import BROKEN, NOTHING, Edits, Report, SlotRow
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+"""Numbers of slots that there are visits for."""
+
+SHORTEST = 256
+"""The least bound on a visit's entries; further ones are powers of two times this."""
+
+
+class Progress(NamedTuple):
+    """What a batch did for one request: its new tokens with the depths of the positions that predicted them and their
+    log-probabilities, and the entries of its sequences after it. `is_broken`: there was no token to sample after
+    these."""
+
+    request: Request
+    tokens: list[int]
+    depths: list[int]
+    logprobs: list[float]
+    lengths: list[int]
+    is_broken: bool
+
+
+@dataclass(kw_only=True, eq=False)
+class _Tenant:
+    """A request in a slot. `pages`: how many pages of each sequence the slot knows. `epoch`: how often the request had
+    been preempted when it came; after one more it is another's."""
+
+    request: Request
+    row: SlotRow
+    pages: list[int]
+    epoch: int
+    ends_itself: bool = False
+
+    @property
+    def is_here(self) -> bool:
+        return self.request.state == "running" and self.request.num_preemptions == self.epoch
+
+
+@dataclass(kw_only=True)
+class _Batch:
+    """Visits in flight: who took part, and where their outcome arrives."""
+
+    tenants: list[_Tenant]
+    visits: int
+    reports: Tensor
+    lengths: Tensor
+    arrived: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Said:
+    """What a batch reported, slot by slot: slot s has `tokens[first[s] : first[s + 1]]` and so on."""
+
+    first: list[int]
+    tokens: list[int]
+    depths: list[int]
+    logprobs: list[float]
+    lengths: list[list[int]]
+
+    @classmethod
+    def of(cls, batch: _Batch) -> _Said:
+        reports_SK = batch.reports[: batch.visits].numpy().transpose(1, 2, 0)
+        slot, visit = np.nonzero(reports_SK[Report.TOKEN] != NOTHING)
+        tokens, depths, logprobs = (reports_SK[column][slot, visit] for column in Report)
+        first = np.searchsorted(slot, np.arange(reports_SK.shape[1] + 1))
+        return cls(
+            first=first.tolist(),
+            tokens=tokens.tolist(),
+            depths=depths.tolist(),
+            logprobs=logprobs.view(np.float32).tolist(),
+            lengths=batch.lengths.tolist(),
+        )
+
+
+@dataclass(kw_only=True)
+class _TurnRate:
+    """How large a share of the slots turns in a visit, from the tokens of late and the visits they took."""
+
+    tokens: float = 1.0
+    visits: float = 2.0
+
+    def see(self, depths: list[int]) -> None:
+        """Count finished tokens."""
+        self.tokens += len(depths)
+        self.visits += sum(depths) + depths.count(0)
+        if self.tokens > 4096:
+            self.tokens, self.visits = self.tokens / 2, self.visits / 2
+
+    def places(self, slots: int) -> int:
+        """Places for slots to turn in: in a few steps between none and all, and seldom too few."""
+        share = self.tokens / self.visits
+        expected = slots * share + 2 * (slots * share * (1 - share)) ** 0.5
+        step = max(1, slots // 8)
+        return min(slots, -(-int(expected + 1) // step) * step)
+
+
+class SlotRunner:
+    """Slots and the requests in them. `run` queues a batch, `collect` gives the outcome of the oldest one."""
+
+    def __init__(self, program: SlotProgram, *, max_length: int, visits: int, turns_once: bool) -> None:
+        self.visits = visits
+        self._program, self._state = program, program.state
+        self._max_length, self._turns_once = max_length, turns_once
+        self._free = list(range(self._state.num_slots))
+        self._tenants: dict[str, _Tenant] = {}
+        self._flight: deque[_Batch] = deque()
+        self._emptied: list[int] = []
+        self._rate = _TurnRate()
+        self._graphs = Graphs(program)
+        self.has_strays = False
+
+    @property
+    def in_flight(self) -> int:
+        """Batches whose outcome was not collected."""
+        return len(self._flight)
+
+    @property
+    def ahead(self) -> int:
+        """Visits that the next batch may take a request past what is known of it."""
+        return self.visits + sum(batch.visits for batch in self._flight)
+
+    def run(
+        self, decoding: Sequence[Request], grown: Sequence[Request], row_of: Callable[[Request, int], SlotRow]
+    ) -> int:
+        """Let requests take free slots and queue a batch of visits; returns how many visits. `grown`: those of them
+        with new pages. `row_of`: the row of a request that comes to a slot.
+
+        Afterwards `has_strays` tells whether a batch in flight may still write to pages of requests that are gone.
+        """
+        edits = self._changes(decoding, grown, row_of)
+        if not self._tenants:
+            self._emptied += edits.emptied
+            return 0
+        shape = self._shape(num_new=len(edits.rows))
+        self._state.edit(edits)
+        self._state.begin_batch()
+        for _ in range(self.visits):
+            self._graphs.visit(shape)
+        reports, lengths, arrived = self._sent()
+        batch = _Batch(
+            tenants=list(self._tenants.values()), visits=self.visits, reports=reports, lengths=lengths, arrived=arrived
+        )
+        self._flight.append(batch)
+        return self.visits
+
+    def collect(self) -> list[Progress]:
+        """Wait for the oldest batch. Requests that have gone since it was queued are left out."""
+        batch = self._flight.popleft()
+        if batch.arrived is not None:
+            batch.arrived.synchronize()
+        said = _Said.of(batch)
+        self._rate.see(said.depths)
+        found = []
+        for tenant in batch.tenants:
+            if not tenant.is_here:
+                continue
+            slot = tenant.row.slot
+            part = slice(said.first[slot], said.first[slot + 1])
+            tokens, depths = said.tokens[part], said.depths[part]
+            is_broken = bool(tokens) and tokens[-1] == BROKEN
+            tenant.ends_itself = is_broken or self._ends(tenant, tokens)
+            end = len(tokens) - is_broken
+            found.append(
+                Progress(
+                    request=tenant.request,
+                    tokens=tokens[:end],
+                    depths=depths[:end],
+                    logprobs=said.logprobs[part][:end],
+                    lengths=said.lengths[slot],
+                    is_broken=is_broken,
+                )
+            )
+        return found
+
+    def forget(self) -> None:
+        """Empty all slots: after work that broke off, nobody knows how far each came."""
+        self._flight.clear()
+        for tenant in self._tenants.values():
+            self._release(tenant)
+        self._tenants = {}
+
+    def _ends(self, tenant: _Tenant, tokens: Sequence[int]) -> bool:
+        """Whether the device knows that a request has ended."""
+        made = len(tenant.request.output) + len(tokens) - tenant.row.made
+        return made >= tenant.row.left or not set(tokens).isdisjoint(tenant.row.stops)
+
+    def _changes(
+        self, decoding: Sequence[Request], grown: Sequence[Request], row_of: Callable[[Request, int], SlotRow]
+    ) -> Edits:
+        """Empty the slots of requests that are gone, fill free ones, and tell all about their new pages."""
+        gone = [tenant for tenant in self._tenants.values() if not tenant.is_here]
+        self.has_strays = bool(self._flight) and any(not tenant.ends_itself for tenant in gone)
+        for tenant in gone:
+            del self._tenants[tenant.request.id]
+            self._release(tenant)
+        edits = Edits(emptied=self._emptied)
+        self._emptied = []
+        new = [self._settle(request, row_of) for request in decoding if request.id not in self._tenants]
+        edits.rows += [tenant.row for tenant in new]
+        for tenant in (*new, *(self._tenants[request.id] for request in grown if request.id in self._tenants)):
+            for sequence, pages in enumerate(tenant.request.pages):
+                for number in range(tenant.pages[sequence], len(pages)):
+                    edits.pages.append((tenant.row.slot, sequence, number, pages[number]))
+                tenant.pages[sequence] = len(pages)
+        return edits
+
+    def _settle(self, request: Request, row_of: Callable[[Request, int], SlotRow]) -> _Tenant:
+        row = row_of(request, heapq.heappop(self._free))
+        tenant = _Tenant(request=request, row=row, pages=[0] * len(request.pages), epoch=request.num_preemptions)
+        self._tenants[request.id] = tenant
+        return tenant
+
+    def _release(self, tenant: _Tenant) -> None:
+        self._emptied.append(tenant.row.slot)
+        heapq.heappush(self._free, tenant.row.slot)
+
+    def _shape(self, *, num_new: int) -> VisitShape:
+        """The smallest visit for all that are in slots."""
+        needed = 1 + max(tenant.row.slot for tenant in self._tenants.values())
+        slots = min(SIZES[bisect_left(SIZES, needed)] if needed <= SIZES[-1] else needed, self._state.num_slots)
+        places = self._rate.places(slots)
+        many_are_new = num_new > max(1, slots // 8)
+        longest = self.ahead + max(tenant.request.num_known for tenant in self._tenants.values())
+        bound = SHORTEST
+        while bound < longest:
+            bound *= 2
+        return VisitShape(
+            slots=slots,
+            turns=slots if self._turns_once or many_are_new else places,
+            longest=min(bound, self._max_length),
+        )
+
+    def _sent(self) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
+        """Reports and lengths on their way to the host."""
+        if self._state.device.type != "cuda":
+            return self._state.reports.clone(), self._state.lengths.clone(), None
+        sent = []
+        for tensor in (self._state.reports[: self.visits], self._state.lengths):
+            sent.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
+            sent[-1].copy_(tensor, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return sent[0], sent[1], arrived
+
+
+class Graphs:
+    """Visits as CUDA graphs, each captured when its shape is first asked for; on a CPU, plain visits."""
+
+    def __init__(self, program: SlotProgram) -> None:
+        self._program = program
+        self._graphs: dict[VisitShape, torch.cuda.CUDAGraph] = {}
+
+    def visit(self, shape: VisitShape) -> None:
+        """One visit."""
+        if self._program.state.device.type != "cuda":
+            self._program.visit(shape)
+            return
+        if shape not in self._graphs:
+            self._graphs[shape] = self._captured(shape)
+        self._graphs[shape].replay()
+
+    def _captured(self, shape: VisitShape) -> torch.cuda.CUDAGraph:
+        """Run the visit once with all slots empty, which compiles what it needs and changes nothing, and capture it."""
+        kept = self._program.state.snapshot()
+        self._program.state.empty()
+        self._program.visit(shape)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool(), capture_error_mode="thread_local"):
+            self._program.visit(shape)
+        self._program.state.restore(kept)
+        return graph
+
+    def _pool(self) -> Any:
+        """The memory of all graphs: they never run at the same time."""
+        return next(iter(self._graphs.values())).pool() if self._graphs else None

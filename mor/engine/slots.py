@@ -1,0 +1,98 @@
+"""Whether a model and a request can decode in slots of the device, and how a request is written into one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+from mor.engine.budgets import Budgets
+from mor.engine.kv_store import KvStore, PageLayout
+from mor.engine.layers import Layers
+from mor.engine.params import Budget, SamplingParams
+from mor.engine.request import Request
+from mor.engine.sampler import signed
+from mor.engine.slot_program import SlotProgram
+from mor.engine.slot_routing import SlotRouting, slot_routing, thresholds_of
+from mor.engine.slot_runner import SlotRunner
+from mor.engine.slot_state import SlotRow, SlotState
+from mor.model.configuration_mor import MorConfig
+from mor.model.modeling_mor import MorForCausalLM
+
+CHANGING_ROTARY = ("dynamic", "longrope")
+"""Rotary positions whose frequencies depend on how long a text is."""
+
+
+def fits_slot(params: SamplingParams) -> bool:
+    """Whether the device can choose a request's tokens: what reads the tokens before them, or more than the chosen
+    one's log-probability, is left to the host."""
+    plain = params.repetition_penalty == 1 and not params.presence_penalty and not params.frequency_penalty
+    return plain and not params.min_tokens and not params.logprobs
+
+
+def routing_of(model: MorForCausalLM, budgets: Budgets) -> SlotRouting:
+    """How slots of this model are routed. Raises ValueError naming what they cannot do."""
+    config: MorConfig = model.config
+    if config.kv_cache == "hybrid":
+        raise ValueError("slots=True needs kv_cache 'recursion' or 'shared'; this model has 'hybrid'")
+    kind = str((config.rope_parameters or {}).get("rope_type", "default"))
+    if kind in CHANGING_ROTARY:
+        raise ValueError(f"slots=True needs rotary positions that do not change with the length, not {kind!r}")
+    router = model.model.recursion.router
+    rule = budgets.rule([(None, None)]) if budgets.has_router else None
+    routing = slot_routing(router, config.depth_plan, rule)
+    if routing is None:
+        raise ValueError(f"slots=True does not know how router={config.router!r} decides")
+    return routing
+
+
+class Slots(SlotRunner):
+    """The slots of an engine, or of a test."""
+
+    def __init__(
+        self,
+        model: MorForCausalLM,
+        layout: PageLayout,
+        store: KvStore,
+        budgets: Budgets,
+        *,
+        num_slots: int,
+        visits: int,
+        max_length: int,
+        layers: Layers,
+        ops: ModuleType,
+    ) -> None:
+        """Raises ValueError for a model that slots cannot run."""
+        routing = routing_of(model, budgets)
+        plan = model.config.depth_plan
+        like = model.lm_head.weight.detach()
+        state = SlotState(
+            layout, num_slots, max_length, hidden_size=model.config.hidden_size, most_visits=visits, like=like
+        )
+        program = SlotProgram(model, layout, store, state, routing, layers, ops, max_length)
+        turns_once = plan.num_recursions == 1 or plan.is_sequence
+        super().__init__(program, max_length=max_length, visits=visits, turns_once=turns_once)
+        self._budgets, self._num_recursions = budgets, plan.num_recursions
+        self._thresholds: dict[Budget, Sequence[float]] = {}
+
+    def row(self, request: Request, slot: int, *, seed: int, most_output: int, ends: frozenset[int]) -> SlotRow:
+        """A request as it comes to a slot, with the tokens that end it."""
+        params, budget = request.params, request.params.budget
+        if budget not in self._thresholds:
+            rule = self._budgets.rule([budget]) if self._budgets.has_router else None
+            self._thresholds[budget] = thresholds_of(rule, self._num_recursions)
+        return SlotRow(
+            slot=slot,
+            token=request.output[-1] if request.output else request.prompt[-1],
+            number=request.num_known - 1,
+            made=len(request.output),
+            left=most_output - len(request.output),
+            limit=self._budgets.limit(budget),
+            seed=signed(seed),
+            lengths=request.lengths,
+            stops=sorted(ends),
+            top_k=params.top_k,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            thresholds=self._thresholds[budget],
+        )

@@ -1,0 +1,96 @@
+"""Compiles the kernels for compute capability 9.0, which needs no GPU, and prints what the machine code is made of.
+
+A script of its own, since Triton's interpreter, under which the other tests run, takes the compiler's place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mor.engine.kernels import draw, few_rows, fused, paged_decode, paged_prefill
+
+HEADS = dict(HEADS=15, GROUP=3, SIZE=64, ENTRIES=16)
+LINEAR = dict(N=1, PAD_N=1, BLOCK_C=256, BLOCK_F=4, bias_M=None)
+DECODE = dict(TILE_ENTRIES=paged_decode.TILE, SPLIT_ENTRIES=paged_decode.SPLIT, BLOCK_H=16)
+CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "attend_split": (
+        paged_decode._attend_split,
+        HEADS | DECODE,
+        dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.NUM_STAGES),
+    ),
+    "join_splits": (
+        paged_decode._join_splits,
+        dict(HEADS=15, SIZE=64, SPLIT_ENTRIES=256, BLOCK_K=8),
+        dict(num_warps=1),
+    ),
+    "attend_tile": (
+        paged_prefill._attend_tile,
+        HEADS | dict(BLOCK_R=128, BLOCK_L=paged_prefill.BLOCK_ENTRIES),
+        dict(num_warps=paged_prefill.NUM_WARPS, num_stages=paged_prefill.NUM_STAGES),
+    ),
+    "add_norm": (fused._add_norm, dict(D=960, BLOCK_D=1024), {}),
+    "rotate_and_store": (
+        fused._rotate_and_store,
+        dict(HEADS=15, GROUPS=5, HALF=32, BLOCK_J=32),
+        dict(enable_fp_fusion=False),
+    ),
+    "swiglu": (fused._swiglu, dict(SIZE=2560, BLOCK_F=1024), {}),
+    "draw_tokens": (
+        draw._draw_tokens,
+        dict(SIZE=49152, SHIFT=16, BLOCK_B=draw.BLOCK),
+        dict(num_warps=draw.NUM_WARPS),
+    ),
+    "linear_normed_gated": (few_rows._linear_small, LINEAR | dict(PARTS=2, ADDS=False, K=960, SIZE=2560), {}),
+    "linear_adding": (
+        few_rows._linear_small,
+        LINEAR | dict(PARTS=1, ADDS=True, K=2560, SIZE=960, norm_K=None),
+        {},
+    ),
+}
+INTEGERS = {"table_TX", "row_N", "last_N", "tile_W3", "last_M", "page_N", "place_N", "top_k_N", "seed_N", "index_N"}
+SINGLES = {"part_NSHE", "lse_NSH", "temperature_N", "top_p_N", "min_p_N", "logprob_N"}
+
+
+def type_of(name: str) -> str:
+    """An argument's type, from its name: tensors end in their dimensions."""
+    if not re.search(r"_[A-Z0-9]+$", name):
+        return "fp32" if name in ("scale", "eps") else "i32"
+    if name in INTEGERS or name == "token_N":
+        return "*i64"
+    return "*fp32" if name in SINGLES else "*bf16"
+
+
+def compiled(kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> dict[str, int]:
+    """Bytes of stack, which spilled registers would take, and how often 16 bytes are read at once."""
+    names = kernel.arg_names
+    aligned = [name for name in names if type_of(name).startswith("*") or name.endswith("_stride")]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else type_of(name) for name in names},
+        constexprs=constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants},
+    )
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", usage)
+    assert found, usage
+    wide = re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global", result.asm["ptx"])
+    return {"stack": int(found[1]), "wide": len(wide)}
+
+
+if __name__ == "__main__":
+    json.dump({name: compiled(*case) for name, case in CASES.items()}, sys.stdout)
