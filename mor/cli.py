@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(module="demo", summary="train a small model beside its twins and show what it learned"),
     "train": Command(module="train", summary="train a model from a recipe or an options file", takes_overrides=True),
     "generate": Command(module="generate", summary="write text, every token coloured by its recursion depth"),
+    "serve": Command(module="serve", summary="serve a model over HTTP, with OpenAI's interface and a page"),
     "evaluate": Command(module="evaluate", summary="measure how well a model predicts held-out text, causally"),
     "show": Command(
         module="show", summary="show the depths and router scores of a given text, or compare runs", takes_words=True
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(module="convert", summary="convert Llama-family or the authors' checkpoints"),
     "data": Command(module="data", summary="make token shards, train a tokenizer, or look into shards"),
     "bench": Command(module="bench", summary="measure tokens per second of models in the engine"),
+    "study": Command(module="study", summary="run a declared grid of training runs, and make its table and figures"),
     "recipes": Command(module="recipes", summary="list the runs that train knows by name"),
 }
 

@@ -1,4 +1,5 @@
-"""Other ways to generate the same: `generate` of our model, and transformers' Llama with either of its caches.
+"""Other ways to generate the same: `generate` of our model, and transformers' Llama with either of its caches or in its
+continuous batches.
 
 `generate` takes a batch of requests and goes on until the longest is done, then takes the next batch; only tokens that
 were asked for count.
@@ -10,13 +11,13 @@ import time
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from mor.benchmark.arms import Arm
 from mor.benchmark.serving import Served
 from mor.benchmark.workload import Workload
 
-PEERS = ("generate", "generate-1", "llama-dynamic", "llama-static")
+PEERS = ("generate", "generate-1", "llama-dynamic", "llama-static", "llama-batch")
 
 
 def check_peers(names: tuple[str, ...]) -> None:
@@ -33,7 +34,8 @@ def peers_of(arm: Arm, names: tuple[str, ...]) -> list[Peer]:
 
 
 class Peer:
-    """One of them: `generate` (in batches), `generate-1` (request by request), `llama-dynamic`, `llama-static`."""
+    """One of them: `generate` (in batches), `generate-1` (request by request), `llama-dynamic`, `llama-static`, and
+    `llama-batch`, transformers' `generate_batch` on all requests at once (on a GPU)."""
 
     def __init__(self, name: str, arm: Arm) -> None:
         self.name, self._arm = name, arm
@@ -41,6 +43,7 @@ class Peer:
         self._options: dict[str, Any] = {} if arm.mean_depth is None else dict(mean_depth=arm.mean_depth)
         if name.startswith("llama-"):
             self._model = _llama(arm)
+        if name in ("llama-dynamic", "llama-static"):
             self._options = dict(cache_implementation=name.removeprefix("llama-"))
 
     @torch.inference_mode()
@@ -49,6 +52,25 @@ class Peer:
         batch = 1 if self.name == "generate-1" else batch
         sampling = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
         start, cpu_start = time.perf_counter(), time.process_time()
+        if self.name == "llama-batch":
+            self._serve_all(workload, sampling)
+        else:
+            self._serve_batches(workload, batch, sampling)
+        if self._arm.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return Served(
+            seconds=time.perf_counter() - start,
+            cpu_seconds=time.process_time() - cpu_start,
+            tokens=workload.num_tokens,
+            requests=len(workload),
+        )
+
+    def _serve_all(self, workload: Workload, sampling: dict[str, Any]) -> None:
+        """Every request generates as many tokens as the longest."""
+        settings = GenerationConfig(max_new_tokens=max(workload.lengths), eos_token_id=None, pad_token_id=0, **sampling)
+        self._model.generate_batch([list(prompt) for prompt in workload.prompts], generation_config=settings)
+
+    def _serve_batches(self, workload: Workload, batch: int, sampling: dict[str, Any]) -> None:
         for first in range(0, len(workload), batch):
             prompts = torch.tensor(workload.prompts[first : first + batch], device=self._arm.model.device)
             new = max(workload.lengths[first : first + batch])
@@ -61,14 +83,6 @@ class Peer:
                 **sampling,
                 **self._options,
             )
-        if prompts.device.type == "cuda":
-            torch.cuda.synchronize()
-        return Served(
-            seconds=time.perf_counter() - start,
-            cpu_seconds=time.process_time() - cpu_start,
-            tokens=workload.num_tokens,
-            requests=len(workload),
-        )
 
 
 def _llama(arm: Arm) -> LlamaForCausalLM:

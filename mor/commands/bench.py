@@ -83,7 +83,7 @@ def _add_measurement(parser: argparse.ArgumentParser) -> None:
         type=_names,
         default=(),
         metavar="P,...",
-        help="also measure generate, generate-1 (one by one), llama-dynamic, llama-static",
+        help="also measure generate, generate-1 (one by one), llama-dynamic, llama-static, llama-batch",
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default 3")
     parser.add_argument("--warmup-tokens", type=int, default=8, metavar="N", help="per sequence, not counted (8)")

@@ -3,8 +3,7 @@
 Integers only and deterministic: the same calls give the same plans. First come, first served: requests run in order of
 arrival, and where pages lack the youngest running one gives way, so the oldest always goes on and every request ends.
 
-A request decodes in one of two ways: visit by visit, each planned here; or by itself in a *slot* of the device, many
-visits at a time, for which it gets pages ahead: see `Request.in_slot` and `plan(ahead)`.
+A request decodes visit by visit, each planned here, or by itself in a *slot* of the device (`Request.in_slot`).
 """
 
 from __future__ import annotations
@@ -75,12 +74,7 @@ class Scheduler:
     """Plans visits: `plan`, run it, `complete` each of its segments, `append` or `finish` where a token was sampled."""
 
     def __init__(
-        self,
-        *,
-        shape: CacheShape,
-        limits: Limits,
-        pool: BlockPool,
-        prefix_cache: PrefixCache | None = None,
+        self, *, shape: CacheShape, limits: Limits, pool: BlockPool, prefix_cache: PrefixCache | None = None
     ) -> None:
         self.shape, self.limits = shape, limits
         self._pool, self._prefix_cache = pool, prefix_cache

@@ -74,7 +74,7 @@ def measure_quality(
     Raises:
         ValueError: no predicted tokens, or a budget or decision the model cannot serve.
     """
-    tallies = [_Tally(num_recursions=model.config.num_recursions) for _ in budgets]
+    tallies = [QualityTally(num_recursions=model.config.num_recursions) for _ in budgets]
     for rows_BT in batches:
         rows_BT = rows_BT.to(model.device)
         for tally, budget in zip(tallies, budgets, strict=True):
@@ -100,8 +100,8 @@ def token_byte_lengths(tokenizer: Any) -> Tensor:
 
 
 @dataclass(kw_only=True)
-class _Tally:
-    """Running sums of one budget's scores."""
+class QualityTally:
+    """Running sums of one budget's scores, and the quality they amount to."""
 
     num_recursions: int
     row_sums: list[float] = field(default_factory=list)
@@ -118,6 +118,7 @@ class _Tally:
         self.depth_sums = torch.zeros(levels, dtype=torch.float64)
 
     def add(self, scores: TokenScores, bytes_BT: Tensor, config: Any) -> None:
+        """Take in the scores of rows (B, T) and the bytes of their tokens."""
         nll_BT, counted_BT = scores.nll_BT.double(), scores.counted_BT
         self.row_sums += nll_BT.sum(1).tolist()
         self.row_counts += counted_BT.sum(1).tolist()
@@ -139,10 +140,11 @@ class _Tally:
             self.flops += complete_flops(config, length, active=active)
 
     def quality(self, decision: str, requested: float | None) -> Quality:
+        """Of all rows so far. Raises ValueError when they have no predicted tokens."""
         total, count = math.fsum(self.row_sums), sum(self.row_counts)
         if count == 0:
             raise ValueError("the text has no predicted tokens: give rows of at least two tokens")
-        nll, error = total / count, _clustered_error(self.row_sums, self.row_counts)
+        nll, error = total / count, clustered_error(self.row_sums, self.row_counts)
         per_byte = count / LN2 / self.num_bytes if self.num_bytes else math.nan
         depths = torch.arange(self.num_recursions + 1)
         by_depth = zip(self.depth_sums.tolist(), self.depth_counts.tolist(), strict=True)
@@ -163,7 +165,7 @@ class _Tally:
         )
 
 
-def _clustered_error(sums: Sequence[float], counts: Sequence[int]) -> float:
+def clustered_error(sums: Sequence[float], counts: Sequence[int]) -> float:
     """Standard error of sum(sums) / sum(counts), rows being independent but not their tokens; nan for one row."""
     rows = len(sums)
     if rows < 2:

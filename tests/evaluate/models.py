@@ -17,20 +17,18 @@ VOCABULARY = 32
 def model(router: str = "expert_choice", **options: Any) -> MorForCausalLM:
     """A random model of eight layers: three recursions of two, or for `router="vanilla"` eight of their own."""
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"num_recursions": 3, "sharing": "middle_cycle", "router": router}
-    if router == "vanilla":
-        shape = {}
-    config = MorConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=8,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        **shape | options,
-    )
-    return MorForCausalLM(config).eval()
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.3,
+    }
+    if router != "vanilla":
+        shape |= {"num_recursions": 3, "sharing": "middle_cycle", "router": router}
+    return MorForCausalLM(MorConfig(**shape | options)).eval()
 
 
 def calibrated(router: str = "expert_choice", **options: Any) -> MorForCausalLM:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mor.data.tokenizer import byte_tokenizer, train_bpe
-from mor.evaluate.perplexity import _clustered_error, _Tally, measure_quality, token_byte_lengths
+from mor.evaluate.perplexity import QualityTally, clustered_error, measure_quality, token_byte_lengths
 from mor.model.cost import complete_flops, kv_bytes
 from mor.model.scoring import TokenScores
 from tests.evaluate.models import VOCABULARY, calibrated, model, rows
@@ -18,7 +18,7 @@ ONE_BYTE = torch.ones(VOCABULARY, dtype=torch.int64)
 
 
 def test_values_by_hand() -> None:
-    tally = _Tally(num_recursions=2)
+    tally = QualityTally(num_recursions=2)
     config = model(num_recursions=2).config
     scores = TokenScores(
         nll_BT=torch.tensor([[0.0, 1.0, 3.0], [0.0, 2.0, 0.0]]),
@@ -43,14 +43,14 @@ def test_values_by_hand() -> None:
 
 def test_clustered_error_by_hand() -> None:
     # Rows of 2 tokens with means 1 and 3: residuals -2 and +2, spread 8, times 2 rows / 1, root 4, over 4 tokens.
-    assert _clustered_error([2.0, 6.0], [2, 2]) == pytest.approx(1.0)
-    assert math.isnan(_clustered_error([2.0], [2]))
+    assert clustered_error([2.0, 6.0], [2, 2]) == pytest.approx(1.0)
+    assert math.isnan(clustered_error([2.0], [2]))
 
 
 def test_clustered_error_is_the_usual_one_for_equal_rows() -> None:
     sums = torch.randn(50, dtype=torch.float64) * 3 + 10
     expected = (sums / 4).std().item() / math.sqrt(50)
-    assert _clustered_error(sums.tolist(), [4] * 50) == pytest.approx(expected)
+    assert clustered_error(sums.tolist(), [4] * 50) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("router", ["vanilla", "expert_choice", "token_choice"])

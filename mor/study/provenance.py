@@ -1,0 +1,60 @@
+"""Where a result comes from: command, commit, machine and data."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mor import __version__
+from mor.data.manifest import FILE_NAME
+from mor.show.machine import describe_machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """`commit`: of the source tree, with `+changes` where files differ from it; None where there is no repository.
+    `data`: sha256 of the manifest of the shards, which holds the hashes of all files."""
+
+    command: str
+    version: str
+    commit: str | None
+    machine: dict[str, str]
+    data: str
+
+
+def provenance(data: str | Path, device: torch.device) -> Provenance:
+    """Of what runs now. Raises FileNotFoundError when there are no shards at `data`."""
+    return Provenance(
+        command=shlex.join(["mor", *sys.argv[1:]]),
+        version=__version__,
+        commit=commit(Path(__file__).parents[1]),
+        machine=describe_machine(device),
+        data=data_fingerprint(data),
+    )
+
+
+def data_fingerprint(folder: str | Path) -> str:
+    """sha256 of the manifest. Raises FileNotFoundError when there is none."""
+    return hashlib.sha256((Path(folder) / FILE_NAME).read_bytes()).hexdigest()
+
+
+def commit(folder: Path) -> str | None:
+    """The commit that the package in `folder` is at; None where a repository around it does not hold it."""
+    head, held = _git(folder, "rev-parse", "HEAD"), _git(folder, "ls-files", "--error-unmatch", "__init__.py")
+    if head is None or held is None:
+        return None
+    return head + ("+changes" if _git(folder, "status", "--porcelain", "--", ".") else "")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
