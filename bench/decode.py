@@ -18,6 +18,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,6 +198,8 @@ def main() -> None:
     parser.add_argument("--arms", default="vanilla,mor-3")
     parser.add_argument("--points", default="256x256", help="SEQUENCESxCONTEXT,...")
     parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--mean-depth", type=float, help="asked of arms with a router; what is measured is lower")
+    parser.add_argument("--json", type=Path, help="also write the last line here, after each point")
     parser.add_argument("--dimensions", default="360m" if torch.cuda.is_available() else "tiny")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,11 +207,9 @@ def main() -> None:
     rates = ceilings(device)
     print(f"copy {rates[0] / 1e12:.2f} TB/s, matrix product {rates[1] / 1e12:.0f} TFLOP/s", flush=True)
     points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
-    longest, lines = max(context for _, context in points) + 256, list[dict[str, Any]]()
-    names = arguments.arms.split(",")
-    arms = {
-        name: build_arm(name, arguments.dimensions, max_length=longest, device=device, dtype=dtype) for name in names
-    }
+    settings: dict[str, Any] = dict(max_length=max(c for _, c in points) + 256, device=device, dtype=dtype)
+    names, lines = arguments.arms.split(","), list[dict[str, Any]]()
+    arms = {name: build_arm(name, arguments.dimensions, mean_depth=arguments.mean_depth, **settings) for name in names}
     for sequences, context in points:
         for name in names:
             line = measure(arms[name], sequences, context, arguments.batches, rates)
@@ -232,9 +233,16 @@ def main() -> None:
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
+            if arguments.json is not None:
+                arguments.json.write_text(as_json(device, rates, lines))
+    print(as_json(device, rates, lines))
+
+
+def as_json(device: str, rates: tuple[float, float], lines: list[dict[str, Any]]) -> str:
+    """All that was measured, in one line."""
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    print(json.dumps(dict(benchmark="decode", device=name, torch=torch.__version__, copy_tb_s=rates[0] / 1e12,
-                          matmul_tflop_s=rates[1] / 1e12, lines=lines)))  # fmt: skip
+    found = dict(benchmark="decode", device=name, torch=torch.__version__, lines=lines)
+    return json.dumps(found | dict(copy_tb_s=rates[0] / 1e12, matmul_tflop_s=rates[1] / 1e12))
 
 
 if __name__ == "__main__":
