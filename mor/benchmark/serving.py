@@ -53,11 +53,12 @@ class Served:
 
 def make_engine(arm: Arm, *, concurrency: int, num_pages: int) -> Engine:
     """An engine that runs `concurrency` requests at a time. No prefix is kept: random prompts have none in common."""
+    on_cpu = arm.model.device.type == "cpu"
     options = EngineOptions(
         page_entries=PAGE_ENTRIES,
         num_pages=num_pages,
         max_requests=concurrency,
-        max_visit_tokens=max(512, concurrency),
+        max_visit_tokens=max(512, concurrency) if on_cpu else None,
         prefix_caching=False,
     )
     return Engine(arm.model, arm.tokenizer, options)

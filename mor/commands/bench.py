@@ -76,6 +76,9 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 def _add_measurement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency", default="16", metavar="N", help="sequences at a time, or best (default 16)")
     parser.add_argument(
+        "--first-try", type=int, default=1, metavar="N", help="where the search for the best begins (1)"
+    )
+    parser.add_argument(
         "--pool", default="fit", metavar="P", help="memory of keys and values: fit, 2GiB, or 32seq (vanilla sequences)"
     )
     parser.add_argument(
@@ -117,6 +120,7 @@ def _options(arguments: argparse.Namespace) -> ThroughputOptions:
         raise ValueError(f"--concurrency {arguments.concurrency!r} is neither a number nor best")
     return ThroughputOptions(
         concurrency=None if arguments.concurrency == "best" else int(arguments.concurrency),
+        first_try=arguments.first_try,
         pool=arguments.pool,
         warmup_tokens=arguments.warmup_tokens,
         rounds=arguments.rounds,

@@ -54,6 +54,12 @@ class _Rows:
             query_NHE, *pages, self.table_TX, self.table_N, self.last_N, self.longest
         )
 
+    def attend_new(self, qkv_NC: Tensor, heads: int, pages: Pages) -> Tensor:
+        """A row that writes sees its new entry last."""
+        new = qkv_NC, *self.rotary, self.page_N, self.place_N
+        seen = self.table_TX, self.table_N, self.last_N, self.longest
+        return self.ops.attend_new(*new, *pages, *seen, heads)  # type: ignore[no-any-return]
+
 
 class SlotProgram:
     """Runs visits on the state of the slots.
