@@ -6,10 +6,11 @@ entries of a page.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,19 @@ class Rows(Protocol):
         ...
 
 
+@runtime_checkable
+class AppendingRows(Protocol):
+    """Rows that rotate, write their new entries and attend in one step."""
+
+    def attend_new(self, qkv_NC: Tensor, heads: int, pages: Pages) -> Tensor:
+        """The heads' outputs (N, H, E), from H queries, G keys and G values of each row as they were projected."""
+        ...
+
+
+_Project = Callable[[Tensor, Tensor | None], Tensor]
+"""A projection of a layer's normed input by a weight and a bias."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Weights:
     qkv: Tensor
@@ -68,27 +82,45 @@ class Layers:
     def __call__(
         self, layers: nn.ModuleList | list[nn.Module], x_ND: Tensor, rows: Sequence[Rows], pages: Sequence[Pages]
     ) -> Tensor:
-        """The output of one layer after another, each with its rows and pages; `x_ND` is overwritten."""
+        """The output of one layer after another, each with its rows and pages; `x_ND`, contiguous, is overwritten."""
+        steps = zip([self._of(cast(MorDecoderLayer, layer)) for layer in layers], rows, pages, strict=True)
+        if len(x_ND) <= self._ops.FEW_ROWS:
+            for weights, layer_rows, layer_pages in steps:
+                self._apply_to_few(weights, x_ND, layer_rows, layer_pages)
+            return x_ND
         delta_ND: Tensor | None = None
-        for layer, layer_rows, layer_pages in zip(layers, rows, pages, strict=True):
-            weights = self._of(cast(MorDecoderLayer, layer))
+        for weights, layer_rows, layer_pages in steps:
             x_ND, h_ND = self._ops.add_norm(x_ND, delta_ND, weights.input_norm, self._eps)
-            out_NHE = layer_rows.attend(self._queries(weights, h_ND, layer_rows, layer_pages), layer_pages)
-            x_ND, h_ND = self._ops.add_norm(x_ND, weights.out(out_NHE.flatten(1)), weights.post_norm, self._eps)
+            out_NC = self._attended(partial(F.linear, h_ND), weights, layer_rows, layer_pages)
+            x_ND, h_ND = self._ops.add_norm(x_ND, weights.out(out_NC), weights.post_norm, self._eps)
             delta_ND = weights.down(self._gated(F.linear(h_ND, weights.gate_up, weights.gate_up_bias)))
         return x_ND if delta_ND is None else x_ND + delta_ND
 
-    def _queries(self, weights: _Weights, h_ND: Tensor, rows: Rows, pages: Pages) -> Tensor:
-        """Rotated queries (N, H, E); keys and values go to their pages."""
+    def _apply_to_few(self, weights: _Weights, x_ND: Tensor, rows: Rows, pages: Pages) -> None:
+        """A layer in as few steps as there are products and one for attention: `x_ND` becomes its output."""
+        linear = self._ops.linear_small
+
+        def project(weight: Tensor, bias: Tensor | None) -> Tensor:
+            return linear(x_ND, weight, bias_M=bias, norm_K=weights.input_norm, eps=self._eps)  # type: ignore[no-any-return]
+
+        linear(self._attended(project, weights, rows, pages), weights.out.weight, bias_M=weights.out.bias, onto_NM=x_ND)
+        norm = dict(norm_K=weights.post_norm, eps=self._eps)
+        both_NF = linear(x_ND, weights.gate_up, bias_M=weights.gate_up_bias, **norm, gated=self._act is None)
+        gated_NF = both_NF if self._act is None else self._gated(both_NF)
+        linear(gated_NF, weights.down.weight, bias_M=weights.down.bias, onto_NM=x_ND)
+
+    def _attended(self, project: _Project, weights: _Weights, rows: Rows, pages: Pages) -> Tensor:
+        """The heads' outputs (N, C), side by side; keys and values go to their pages."""
         weight, bias = weights.qkv, weights.qkv_bias
-        if rows.page_N is not None:
-            qkv_NC = F.linear(h_ND, weight, bias)
-            return self._ops.rotate_and_store(  # type: ignore[no-any-return]
-                qkv_NC, *rows.rotary, rows.page_N, rows.place_N, *pages, self._heads
-            )
-        query_NC = F.linear(h_ND, weight[: self._query_size], None if bias is None else bias[: self._query_size])
-        nowhere = None, None, None, None
-        return self._ops.rotate_and_store(query_NC, *rows.rotary, *nowhere, self._heads)  # type: ignore[no-any-return]
+        if rows.page_N is None:
+            query_NC = project(weight[: self._query_size], None if bias is None else bias[: self._query_size])
+            query_NHE = self._ops.rotate_and_store(query_NC, *rows.rotary, None, None, None, None, self._heads)
+            return rows.attend(query_NHE, pages).flatten(1)
+        qkv_NC = project(weight, bias)
+        if isinstance(rows, AppendingRows):
+            return rows.attend_new(qkv_NC, self._heads, pages).flatten(1)
+        query_NHE = self._ops.rotate_and_store(qkv_NC, *rows.rotary, rows.page_N, rows.place_N, *pages, self._heads)
+        return rows.attend(query_NHE, pages).flatten(1)
 
     def normed(self, norm: nn.RMSNorm, x_ND: Tensor) -> Tensor:
         """The final norm."""

@@ -1,7 +1,7 @@
 """What the layers of slots are made of, in plain PyTorch: for CPUs, and what the kernels are held against.
 
-Legend: N rows, D hidden size, C projected size, F feed-forward size, T tables, X pages of a table, P entries of a page,
-H query heads, G key/value heads, E head size, L entries read.
+Legend: N rows, D hidden size, K input features, M output features, C projected size, F feed-forward size, T tables, X
+pages of a table, P entries of a page, H query heads, G key/value heads, E head size, L entries read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from mor.engine.params import SamplingParams
 from mor.engine.sampler import SamplingRow, sample
 from mor.model.attention import rotate
 
+FEW_ROWS = 0
+"""With so many rows or fewer, a layer is made of `linear_small`: never, as it is no faster here."""
+
 
 def add_norm(x_ND: Tensor, delta_ND: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`x` plus `delta`, added in place, and its RMS norm."""
@@ -29,6 +32,26 @@ def swiglu(both_N2F: Tensor) -> Tensor:
     """silu(first half) * second half."""
     gate_NF, up_NF = both_N2F.chunk(2, dim=-1)
     return F.silu(gate_NF) * up_NF
+
+
+def linear_small(
+    x_NK: Tensor,
+    weight_MK: Tensor,
+    *,
+    bias_M: Tensor | None = None,
+    norm_K: Tensor | None = None,
+    eps: float = 1e-5,
+    gated: bool = False,
+    onto_NM: Tensor | None = None,
+) -> Tensor:
+    """RMS norm of x if `norm_K` is given, product with the transpose of the weight, SwiGLU if `gated`, and the sum onto
+    `onto_NM` if that is given: (N, M), or (N, M/2) if gated."""
+    if norm_K is not None:
+        x_NK = F.rms_norm(x_NK, norm_K.shape, norm_K, eps)
+    out_NM = F.linear(x_NK, weight_MK, bias_M)
+    if gated:
+        out_NM = swiglu(out_NM)
+    return out_NM if onto_NM is None else onto_NM.add_(out_NM)
 
 
 def rotate_and_store(
@@ -76,6 +99,25 @@ def attend_pages(
         enable_gqa=query_NHE.shape[1] != key_NLGE.shape[2],
     )
     return out_NH1E[:, :, 0].masked_fill((last_N < 0)[:, None, None], 0)
+
+
+def attend_new(
+    qkv_NC: Tensor,
+    cos_NE: Tensor,
+    sin_NE: Tensor,
+    page_N: Tensor,
+    place_N: Tensor,
+    key_XPGE: Tensor,
+    value_XPGE: Tensor,
+    table_TX: Tensor,
+    row_N: Tensor,
+    last_N: Tensor,
+    longest: int,
+    heads: int,
+) -> Tensor:
+    """`rotate_and_store`, and `attend_pages` of the queries."""
+    query_NHE = rotate_and_store(qkv_NC, cos_NE, sin_NE, page_N, place_N, key_XPGE, value_XPGE, heads)
+    return attend_pages(query_NHE, key_XPGE, value_XPGE, table_TX, row_N, last_N, longest)
 
 
 def draw_tokens(

@@ -1,4 +1,4 @@
-"""Top-k and top-p of one row of logits inside a kernel.
+"""Top-k and top-p of one row of logits inside a kernel, and the draw from what they leave.
 
 What is kept is found by halving an interval of the logits' ordered bits: counts of tokens and sums of their integer
 weights decide, so the result is exact and the order of summation does not matter.
@@ -38,13 +38,17 @@ def _value(key, SHIFT: tl.constexpr):
 
 @kernel
 def scale(x, largest, temperature):
-    return (x.to(tl.float64) - largest.to(tl.float64)) / temperature
+    scaled = x.to(tl.float64) - largest.to(tl.float64)
+    if temperature != 1:  # a division in double precision costs half as much as the exponential
+        scaled = scaled / temperature
+    return scaled
 
 
 @kernel
 def weight(scaled):
-    """Integers from 0 to 2**40, rounded half to even: beside 2**52 a double holds no fraction."""
-    return (tl.exp(scaled) * 1099511627776.0 + 4503599627370496.0 - 4503599627370496.0).to(tl.int64)
+    """Integers from 0 to 2**40, rounded half to even: beside 2**52 a double holds no fraction, and its low bits are the
+    integer."""
+    return (tl.exp(scaled) * 1099511627776.0 + 4503599627370496.0).to(tl.int64, bitcast=True) - 0x4330000000000000
 
 
 @kernel
@@ -170,3 +174,50 @@ def limit(
         _, _, x_B = read(logits_V, first, SIZE, BLOCK_B)
         count -= tl.sum((scale(x_B, largest, temperature) > scaled).to(tl.int32), 0)
     return scaled, count
+
+
+@kernel
+def _kept(logits_V, first, largest, temperature, least, room, lightest, SIZE: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Weights of a block after all filters, and how many more tokens of just `least` may be kept behind it."""
+    _, is_in_B, x_B = read(logits_V, first, SIZE, BLOCK_B)
+    scaled_B = scale(x_B, largest, temperature)
+    weight_B = weight(scaled_B)
+    is_equal_B = (scaled_B == least) & is_in_B
+    num_equal = tl.sum(is_equal_B.to(tl.int32), 0)
+    is_kept_B = scaled_B > least
+    if num_equal > 0:
+        is_kept_B = is_kept_B | (is_equal_B & (tl.cumsum(is_equal_B.to(tl.int32), 0) <= room))
+    weight_B = tl.where(is_kept_B & (weight_B >= lightest), weight_B, 0)
+    return weight_B, room - num_equal
+
+
+@kernel
+def draw_limited(
+    logits_V,
+    largest,
+    temperature,
+    top_k,
+    top_p,
+    lightest,
+    uniform,
+    SIZE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """The first token at which the running sum of the weights that the filters leave is more than `uniform` of their
+    total."""
+    least, room = limit(logits_V, top_k, top_p, largest, temperature, SIZE, SHIFT, BLOCK_B)
+    total, left = tl.full([], 0, tl.int64), room
+    for first in range(0, SIZE, BLOCK_B):
+        weight_B, left = _kept(logits_V, first, largest, temperature, least, left, lightest, SIZE, BLOCK_B)
+        total += tl.sum(weight_B, 0)
+    target = (uniform * total.to(tl.float64)).to(tl.int64)
+    token, first, left = tl.full([], -1, tl.int32), tl.full([], 0, tl.int32), room
+    while (token < 0) & (first < SIZE):
+        weight_B, left = _kept(logits_V, first, largest, temperature, least, left, lightest, SIZE, BLOCK_B)
+        mass = tl.sum(weight_B, 0)
+        if mass > target:
+            token = first + tl.sum((tl.cumsum(weight_B, 0) <= target).to(tl.int32), 0)
+        target -= mass
+        first += BLOCK_B
+    return token

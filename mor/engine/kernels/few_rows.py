@@ -1,7 +1,7 @@
 """Linear layers of a few rows, made to read weights at the speed of memory, with what stands around them folded in.
 
 A decode step of a few sequences waits for weights and for launches. With the norm in front of a product, and SwiGLU or
-the residual behind it, a layer takes six kernels: two around attention, and four of these.
+the residual behind it, a layer is four of these and attention.
 
 Legend: N rows, K input features, M output features, F those that a gate leaves, C input features and R output features
 taken at a time.
@@ -10,11 +10,11 @@ taken at a time.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mor.engine import plain_ops
 from mor.engine.kernels.launch import check_rows, kernel, runs_kernel
 
 MAX_ROWS = 8
@@ -127,7 +127,9 @@ def linear_small(
     Raises ValueError for what the kernel cannot read.
     """
     if not runs_kernel(x_NK):
-        return linear_small_plain(x_NK, weight_MK, bias_M=bias_M, norm_K=norm_K, eps=eps, gated=gated, onto_NM=onto_NM)
+        return plain_ops.linear_small(
+            x_NK, weight_MK, bias_M=bias_M, norm_K=norm_K, eps=eps, gated=gated, onto_NM=onto_NM
+        )
     num_rows, size = x_NK.shape[0], weight_MK.shape[0] // 2 if gated else weight_MK.shape[0]
     _check(x_NK, weight_MK, bias_M, norm_K, onto_NM, size, gated)
     out_NF = torch.empty(num_rows, size, device=x_NK.device, dtype=x_NK.dtype) if onto_NM is None else onto_NM
@@ -150,26 +152,6 @@ def linear_small(
             num_warps=num_warps,
         )
     return out_NF
-
-
-def linear_small_plain(
-    x_NK: Tensor,
-    weight_MK: Tensor,
-    *,
-    bias_M: Tensor | None = None,
-    norm_K: Tensor | None = None,
-    eps: float = 1e-5,
-    gated: bool = False,
-    onto_NM: Tensor | None = None,
-) -> Tensor:
-    """What `linear_small` computes, for any number of rows."""
-    if norm_K is not None:
-        x_NK = F.rms_norm(x_NK, norm_K.shape, norm_K, eps)
-    out_NM = F.linear(x_NK, weight_MK, bias_M)
-    if gated:
-        gate_NF, up_NF = out_NM.chunk(2, dim=1)
-        out_NM = F.silu(gate_NF) * up_NF
-    return out_NM if onto_NM is None else onto_NM.add_(out_NM)
 
 
 def _check(

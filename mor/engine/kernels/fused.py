@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mor.engine import plain_ops
-from mor.engine.kernels.launch import check_head_size, check_pages, check_rows, kernel, runs_kernel
+from mor.engine.kernels.launch import check_pages, check_projection, check_rows, kernel, runs_kernel
 
 _SWIGLU_BLOCK = 1024
 
@@ -126,7 +126,7 @@ def rotate_and_store(
         return plain_ops.rotate_and_store(qkv_NC, cos_NE, sin_NE, page_N, place_N, key_XPGE, value_XPGE, heads)
     num_rows, size = cos_NE.shape
     groups = 0 if key_XPGE is None else key_XPGE.shape[2]
-    _check_projection(qkv_NC, cos_NE, sin_NE, heads, groups)
+    check_projection(qkv_NC, cos_NE, sin_NE, heads, groups)
     strides = (0, 0)
     if key_XPGE is not None:
         assert value_XPGE is not None and page_N is not None and place_N is not None
@@ -154,19 +154,6 @@ def rotate_and_store(
             enable_fp_fusion=False,  # a fused multiply-add rounds once where the model's own arithmetic rounds twice
         )
     return query_NHE
-
-
-def _check_projection(qkv_NC: Tensor, cos_NE: Tensor, sin_NE: Tensor, heads: int, groups: int) -> None:
-    size = cos_NE.shape[1]
-    check_head_size(size)
-    check_rows(qkv_NC, cos_NE=cos_NE, sin_NE=sin_NE)
-    if qkv_NC.shape[1] != (heads + 2 * groups) * size or qkv_NC.stride(1) != 1:
-        raise ValueError(
-            f"a projection of shape {tuple(qkv_NC.shape)} and strides {qkv_NC.stride()} does not hold {heads} queries "
-            f"and {groups} keys and values of size {size} a row"
-        )
-    if cos_NE.dtype != qkv_NC.dtype or sin_NE.dtype != qkv_NC.dtype:
-        raise ValueError(f"cosines of {cos_NE.dtype} and sines of {sin_NE.dtype} must be of {qkv_NC.dtype}")
 
 
 @kernel

@@ -1,6 +1,7 @@
 """Where the kernels run, and what they ask of their tensors.
 
-Legend: X pages, P entries of a page, H query heads, G key/value heads, E head size.
+Legend: N rows, C channels of the fused projection, X pages, P entries of a page, H query heads, G key/value heads, E
+head size.
 """
 
 from __future__ import annotations
@@ -58,3 +59,17 @@ def check_rows(like: Tensor, **tensors: Tensor) -> None:
                 f"{name} of shape {tuple(tensor.shape)}, strides {tensor.stride()} on {tensor.device} must be "
                 f"contiguous, of {len(like)} rows on {like.device}"
             )
+
+
+def check_projection(qkv_NC: Tensor, cos_NE: Tensor, sin_NE: Tensor, heads: int, groups: int) -> None:
+    """Raises ValueError unless a fused projection and its rotary positions are such as can be rotated."""
+    size = cos_NE.shape[1]
+    check_head_size(size)
+    check_rows(qkv_NC, cos_NE=cos_NE, sin_NE=sin_NE)
+    if qkv_NC.shape[1] != (heads + 2 * groups) * size or qkv_NC.stride(1) != 1:
+        raise ValueError(
+            f"a projection of shape {tuple(qkv_NC.shape)} and strides {qkv_NC.stride()} does not hold {heads} queries "
+            f"and {groups} keys and values of size {size} a row"
+        )
+    if cos_NE.dtype != qkv_NC.dtype or sin_NE.dtype != qkv_NC.dtype:
+        raise ValueError(f"cosines of {cos_NE.dtype} and sines of {sin_NE.dtype} must be of {qkv_NC.dtype}")

@@ -11,6 +11,8 @@ splits, L entries of a tile, K splits joined at a time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,31 +21,37 @@ from torch import Tensor
 from mor.engine import plain_ops
 from mor.engine.kernels.launch import check_heads, check_rows, kernel, runs_kernel
 
-SPLIT = 256
+SPLIT = 512
 """Entries of a split. Rounding depends on it, so all calls whose results are to be equal use the same."""
 
 TILE = 64
-"""Entries that a program reads at a time."""
+"""Entries that a program reads at a time; as for splits."""
 
-NUM_WARPS = 4
-NUM_STAGES = 5
+NUM_WARPS = 2
+"""Sums of several warps are rounded in another order, so this is one number for any batch too."""
+
+NUM_STAGES = 2
+FEW_STAGES = 5
+"""Tiles and pages on their way; the second where there are at most `FEW_PROGRAMS`, each with a multiprocessor's memory
+nearly to itself. Changes no rounding."""
+
+FEW_PROGRAMS = 264
 _JOINED = 8  # splits that the second kernel reads at a time
 _LOG2E = 1.4426950408889634
 
 
-@kernel(do_not_specialize=["num_splits"])
-def _attend_split(
-    query_NHE,
+@kernel
+def attend_entries(
+    query_HE,
     key_XPGE,
     value_XPGE,
     table_TX,
     row_N,
-    last_N,
     out_NHE,
     part_NSHE,
     lse_NSH,
+    length,
     scale,
-    query_stride,
     page_stride,
     entry_stride,
     table_stride,
@@ -58,15 +66,11 @@ def _attend_split(
 ):
     """A key/value head's group of query heads over one split of one row. Writes the output if that is all there is."""
     group, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length = tl.load(last_N + row).to(tl.int32) + 1
     start = split * SPLIT_ENTRIES
-    if (start >= length) & (split > 0):
-        return
     stop = tl.minimum(start + SPLIT_ENTRIES, length)
     size_E, in_group_H = tl.arange(0, SIZE), tl.arange(0, BLOCK_H)
     is_head = in_group_H < GROUP
     head_HE = (group * GROUP + in_group_H)[:, None] * SIZE + size_E[None, :]
-    query_HE = tl.load(query_NHE + row * query_stride + head_HE, mask=is_head[:, None], other=0.0)
     pages = table_TX + tl.load(row_N + row).to(tl.int64) * table_stride
     largest_H = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total_H = tl.zeros([BLOCK_H], tl.float32)
@@ -96,6 +100,64 @@ def _attend_split(
         place = (row * num_splits + split) * HEADS
         tl.store(part_NSHE + place * SIZE + head_HE, mean_HE, mask=is_head[:, None])
         tl.store(lse_NSH + place + group * GROUP + in_group_H, largest_H + tl.log2(total_H), mask=is_head)
+
+
+@kernel(do_not_specialize=["num_splits"])
+def _attend_split(
+    query_NHE,
+    key_XPGE,
+    value_XPGE,
+    table_TX,
+    row_N,
+    last_N,
+    out_NHE,
+    part_NSHE,
+    lse_NSH,
+    scale,
+    query_stride,
+    page_stride,
+    entry_stride,
+    table_stride,
+    num_splits,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    TILE_ENTRIES: tl.constexpr,
+    SPLIT_ENTRIES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """`attend_entries` with queries as they are given."""
+    group, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(last_N + row).to(tl.int32) + 1
+    if (split * SPLIT_ENTRIES >= length) & (split > 0):
+        return
+    in_group_H = tl.arange(0, BLOCK_H)[:, None]
+    head_HE = (group * GROUP + in_group_H) * SIZE + tl.arange(0, SIZE)[None, :]
+    query_HE = tl.load(query_NHE + row * query_stride + head_HE, mask=in_group_H < GROUP, other=0.0)
+    attend_entries(
+        query_HE,
+        key_XPGE,
+        value_XPGE,
+        table_TX,
+        row_N,
+        out_NHE,
+        part_NSHE,
+        lse_NSH,
+        length,
+        scale,
+        page_stride,
+        entry_stride,
+        table_stride,
+        num_splits,
+        HEADS,
+        GROUP,
+        SIZE,
+        ENTRIES,
+        TILE_ENTRIES,
+        SPLIT_ENTRIES,
+        BLOCK_H,
+    )
 
 
 @kernel(do_not_specialize=["num_splits"])
@@ -146,58 +208,67 @@ def attend_pages(
     split: int = SPLIT,
     tile: int = TILE,
     num_warps: int = NUM_WARPS,
-    num_stages: int = NUM_STAGES,
+    num_stages: int | None = None,
 ) -> Tensor:
     """The heads' outputs (N, H, E) of rows that see entries 0..`last_N` of the pages `table_TX[row_N]`.
 
     A row of `last_N` -1 sees nothing and gives zeros. `longest`: a bound on every row's number of entries, known to
     the host; it sets the size of the grid and changes no result. Keys and values are views of one pool. `split` (a
-    multiple of `tile`), `tile` and the rest are for tuning; of these `split` and `tile` change the rounding. Softmax
-    scale E^-0.5. Raises ValueError for what the kernel cannot read.
+    multiple of `tile`), `tile` and the rest are for tuning; all but `num_stages` change the rounding. Softmax scale
+    E^-0.5. Raises ValueError for what the kernel cannot read.
     """
     if not runs_kernel(query_NHE):
         return plain_ops.attend_pages(query_NHE, key_XPGE, value_XPGE, table_TX, row_N, last_N, longest)
-    _check(query_NHE, key_XPGE, value_XPGE, table_TX, row_N, last_N, split, tile)
-    (num_rows, heads, size), (entries, groups) = query_NHE.shape, key_XPGE.shape[1:3]
-    num_splits = max(1, -(-longest // split))
-    out_NHE = torch.empty(num_rows, heads, size, device=query_NHE.device, dtype=query_NHE.dtype)
+    check_heads(query_NHE, key_XPGE, value_XPGE)
+    check_rows(query_NHE, row_N=row_N, last_N=last_N)
+    seen, tuning = (key_XPGE, value_XPGE, table_TX, row_N, last_N), (split, tile, num_warps, num_stages)
+    return run_splits(_attend_split, (query_NHE,), query_NHE.stride(0), seen, longest, query_NHE.shape[1], *tuning)
+
+
+def run_splits(
+    attend: Any,
+    rows: tuple[Tensor, ...],
+    row_stride: int,
+    seen: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    longest: int,
+    heads: int,
+    split: int,
+    tile: int,
+    num_warps: int,
+    num_stages: int | None,
+) -> Tensor:
+    """The heads' outputs (N, H, E) by a kernel over splits of rows that begin `row_stride` apart, its splits joined.
+
+    `seen`: keys, values, table, each row's row of it and last entry. Raises ValueError for a table that cannot be read,
+    and for tiles that cannot fill splits.
+    """
+    key_XPGE, _, table_TX, _, last_N = seen
+    if table_TX.stride(1) != 1:
+        raise ValueError(f"a table of strides {table_TX.stride()} does not hold a row's pages one after another")
+    if tile < 16 or tile & (tile - 1) or split % tile:
+        raise ValueError(f"tile={tile} must be a power of two, at least 16, that divides split={split}")
+    num_rows, (entries, groups, size), num_splits = len(last_N), key_XPGE.shape[1:], max(1, -(-longest // split))
+    out_NHE = torch.empty(num_rows, heads, size, device=last_N.device, dtype=key_XPGE.dtype)
     shape = (num_rows, num_splits, heads) if num_splits > 1 else (0, 0, heads)
-    part_NSHE = torch.empty(*shape, size, device=query_NHE.device, dtype=torch.float32)
-    lse_NSH = torch.empty(shape, device=query_NHE.device, dtype=torch.float32)
+    part_NSHE = torch.empty(*shape, size, device=last_N.device, dtype=torch.float32)
+    lse_NSH = torch.empty(shape, device=last_N.device, dtype=torch.float32)
     if not num_rows:
         return out_NHE
     shared = dict(HEADS=heads, SIZE=size, SPLIT_ENTRIES=split)
-    strides = query_NHE.stride(0), *key_XPGE.stride()[:2], table_TX.stride(0)
-    _attend_split[(groups, num_splits, num_rows)](
-        *(query_NHE, key_XPGE, value_XPGE, table_TX, row_N, last_N, out_NHE, part_NSHE, lse_NSH),
-        *(_LOG2E / size**0.5, *strides, num_splits),
+    strides = row_stride, *key_XPGE.stride()[:2], table_TX.stride(0)
+    is_few = num_rows * groups * num_splits <= FEW_PROGRAMS
+    attend[(groups, num_splits, num_rows)](
+        *(*rows, *seen, out_NHE, part_NSHE, lse_NSH, _LOG2E / size**0.5, *strides, num_splits),
         **shared,
         GROUP=heads // groups,
         ENTRIES=entries,
         TILE_ENTRIES=tile,
         BLOCK_H=max(16, triton.next_power_of_2(heads // groups)),
         num_warps=num_warps,
-        num_stages=num_stages,
+        num_stages=num_stages or (FEW_STAGES if is_few else NUM_STAGES),
+        enable_fp_fusion=False,  # a fused multiply-add rounds once where rotating must round twice
     )
     if num_splits > 1:
         join = _join_splits[(heads, num_rows)]
         join(part_NSHE, lse_NSH, last_N, out_NHE, num_splits, **shared, BLOCK_K=_JOINED, num_warps=1)
     return out_NHE
-
-
-def _check(
-    query_NHE: Tensor,
-    key_XPGE: Tensor,
-    value_XPGE: Tensor,
-    table_TX: Tensor,
-    row_N: Tensor,
-    last_N: Tensor,
-    split: int,
-    tile: int,
-) -> None:
-    check_heads(query_NHE, key_XPGE, value_XPGE)
-    check_rows(query_NHE, row_N=row_N, last_N=last_N)
-    if table_TX.stride(1) != 1:
-        raise ValueError(f"a table of strides {table_TX.stride()} does not hold a row's pages one after another")
-    if tile < 16 or tile & (tile - 1) or split % tile:
-        raise ValueError(f"tile={tile} must be a power of two, at least 16, that divides split={split}")

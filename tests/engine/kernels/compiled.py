@@ -17,20 +17,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mor.engine.kernels import draw, few_rows, fused, paged_decode, paged_prefill
+from mor.engine.kernels import append_decode, draw, few_rows, fused, paged_decode, paged_prefill
 
 HEADS = dict(HEADS=15, GROUP=3, SIZE=64, ENTRIES=16)
 LINEAR = dict(N=1, PAD_N=1, BLOCK_C=256, BLOCK_F=4, bias_M=None)
 DECODE = dict(TILE_ENTRIES=paged_decode.TILE, SPLIT_ENTRIES=paged_decode.SPLIT, BLOCK_H=16)
+DRAW = dict(SIZE=49152, BLOCK_B=draw.BLOCK)
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "attend_split": (
         paged_decode._attend_split,
         HEADS | DECODE,
-        dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.NUM_STAGES),
+        dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.NUM_STAGES, enable_fp_fusion=False),
+    ),
+    "attend_new": (
+        append_decode._attend_new,
+        HEADS | DECODE,
+        dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.FEW_STAGES, enable_fp_fusion=False),
     ),
     "join_splits": (
         paged_decode._join_splits,
-        dict(HEADS=15, SIZE=64, SPLIT_ENTRIES=256, BLOCK_K=8),
+        dict(HEADS=15, SIZE=64, SPLIT_ENTRIES=paged_decode.SPLIT, BLOCK_K=8),
         dict(num_warps=1),
     ),
     "attend_tile": (
@@ -45,10 +51,13 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         dict(enable_fp_fusion=False),
     ),
     "swiglu": (fused._swiglu, dict(SIZE=2560, BLOCK_F=1024), {}),
-    "draw_tokens": (
-        draw._draw_tokens,
-        dict(SIZE=49152, SHIFT=16, BLOCK_B=draw.BLOCK),
-        dict(num_warps=draw.NUM_WARPS),
+    "survey_blocks": (draw._survey_blocks, DRAW, {}),
+    "weigh_blocks": (draw._weigh_blocks, DRAW | dict(PAD_S=32), {}),
+    "choose_plain": (draw._choose_tokens, DRAW | dict(PAD_S=32, LIMITED=False, SHIFT=16), {}),
+    "choose_limited": (
+        draw._choose_tokens,
+        dict(SIZE=49152, BLOCK_B=2 * draw.BLOCK, PAD_S=32, LIMITED=True, SHIFT=16),
+        dict(num_warps=draw._LIMITED_WARPS),
     ),
     "linear_normed_gated": (few_rows._linear_small, LINEAR | dict(PARTS=2, ADDS=False, K=960, SIZE=2560), {}),
     "linear_adding": (
@@ -57,8 +66,20 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
 }
-INTEGERS = {"table_TX", "row_N", "last_N", "tile_W3", "last_M", "page_N", "place_N", "top_k_N", "seed_N", "index_N"}
-SINGLES = {"part_NSHE", "lse_NSH", "temperature_N", "top_p_N", "min_p_N", "logprob_N"}
+INTEGERS = {
+    "table_TX",
+    "row_N",
+    "last_N",
+    "tile_W3",
+    "last_M",
+    "page_N",
+    "place_N",
+    "top_k_N",
+    "seed_N",
+    "index_N",
+    "mass_NS",
+}
+SINGLES = {"part_NSHE", "lse_NSH", "temperature_N", "top_p_N", "min_p_N", "logprob_N", "peak_NS", "total_NS"}
 
 
 def type_of(name: str) -> str:

@@ -71,13 +71,36 @@ def test_draws_what_the_sampler_draws(
     assert logprob_N.tolist() == pytest.approx([each.logprob for each in expected], rel=1e-6, abs=1e-5)
 
 
-@pytest.mark.parametrize("block", [32, 256])
-def test_all_tokens_of_a_nucleus_are_drawn(block: int, device: torch.device) -> None:
+@pytest.mark.parametrize("block", [16, 256])
+@pytest.mark.parametrize("filters", [{}, dict(min_p=0.1), dict(top_k=40, top_p=0.97)], ids=["none", "min_p", "nucleus"])
+def test_many_tokens_are_drawn(filters: dict[str, float], block: int, device: torch.device) -> None:
     """Over many seeds, in blocks that the vocabulary does and does not fill, the same tokens as the sampler's."""
-    logits_NV = ties(1, torch.bfloat16, device).repeat(8, 1)
-    params = SamplingParams(temperature=2.0, top_k=40, top_p=0.97, logprobs=0)
-    token_N, _ = draw(logits_NV, [params] * 8, list(range(8)), [5] * 8, block=block)
+    logits_NV = ties(1, torch.bfloat16, device).repeat(12, 1)
+    params = SamplingParams(temperature=2.0, logprobs=0, **filters)  # type: ignore[arg-type]
+    token_N, _ = draw(logits_NV, [params] * 12, list(range(12)), [5] * 12, block=block)
     assert len(set(token_N.tolist())) > 4
+
+
+def test_min_p_keeps_what_weighs_just_enough(device: torch.device) -> None:
+    """Its share of the largest weight, 2**40, lies between two integers: the lower one is dropped."""
+    x = math.log(0.25)
+    logits_NV = torch.tensor([[0.0, x, -math.inf]], dtype=torch.float32, device=device).repeat(40, 1)
+    weight = round(math.exp(float(logits_NV[0, 1])) * 2**40)
+    for min_p, kept in ((weight / 2**40, {0, 1}), ((weight + 0.25) / 2**40, {0})):
+        token_N, _ = draw(logits_NV, [SamplingParams(min_p=min_p)] * 40, list(range(40)), [0] * 40)
+        assert set(token_N.tolist()) == kept
+
+
+def test_rows_of_all_kinds_side_by_side(device: torch.device) -> None:
+    """Each as alone."""
+    logits_NV = ties(5, torch.float32, device)
+    logits_NV[3, 40] = math.nan
+    kinds = [GREEDY, SamplingParams(), SamplingParams(top_k=9), SamplingParams(), SamplingParams(top_p=0.8, min_p=0.1)]
+    together = draw(logits_NV, kinds, [7] * 5, [1] * 5, block=32)
+    for n, params in enumerate(kinds):
+        alone = draw(logits_NV[n : n + 1], [params], [7], [1], block=32)
+        assert torch.equal(alone[0][0], together[0][n])
+        assert torch.equal(alone[1], together[1][n : n + 1]) or n == 3
 
 
 def test_temperature_0_takes_the_lower_id_of_equals(device: torch.device) -> None:

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mor.engine import plain_ops
+
 pytest.importorskip("triton")
 
-from mor.engine.kernels.few_rows import MAX_ROWS, linear_small, linear_small_plain
+from mor.engine.kernels.few_rows import MAX_ROWS, linear_small
 
 WIDTH, SIZE = 40, 22
 
@@ -50,7 +52,7 @@ def test_equals_the_operations_apart(
     norm_K = random(WIDTH) if normed else None
     onto = random(rows, SIZE) if adds else None
     expected = apart(x_NK, weight_MK, bias_M, norm_K, bool(gated), onto)
-    for run in (linear_small, linear_small_plain):
+    for run in (linear_small, plain_ops.linear_small):
         own = None if onto is None else onto.clone()
         out = run(x_NK, weight_MK, bias_M=bias_M, norm_K=norm_K, eps=1e-3, gated=bool(gated), onto_NM=own)
         assert own is None or out.data_ptr() == own.data_ptr()
