@@ -101,6 +101,7 @@ class Point:
         ):
             self.engine.step()
         slots.run = run  # type: ignore[method-assign]
+        slots.warm_up([self.sequences], [self.prompt, self.prompt + self.output])
         for _ in range(3):
             self.engine.step()
 
@@ -120,16 +121,18 @@ class Point:
         slots.run = timed  # type: ignore[method-assign]
         wait(device)
         start, tokens = time.perf_counter(), 0
-        for _ in range(self.batches):
+        for number in range(self.batches + 1):
             for output in self.engine.step():
-                tokens += len(output.token_ids)
-                depths += output.depths
-        took = time.perf_counter() - start  # the outcome of one batch was in flight before, and of one is after
+                if number:  # the first step tells of the batch before, which is done already
+                    tokens += len(output.token_ids)
+                    depths += output.depths
+        took = time.perf_counter() - start  # one batch more is queued, and none of it counted
         wait(device)
         slots.run = run  # type: ignore[method-assign]
         lengths = slots._state.lengths[: self.sequences].double().mean(0).tolist()
-        idle = sum(_between(a, b) for a, b in zip(begun[1::2], begun[2::2]))
-        busy = sum(_between(a, b) for a, b in zip(begun[::2], begun[1::2]))
+        counted = begun[:-2]
+        idle = sum(_between(a, b) for a, b in zip(counted[1::2], counted[2::2]))
+        busy = sum(_between(a, b) for a, b in zip(counted[::2], counted[1::2]))
         visits = self.batches * self.visits
         return {
             "tokens_per_second": tokens / took,

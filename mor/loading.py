@@ -51,10 +51,10 @@ def load_model(path: str | Path, *, device: str = "auto") -> tuple[MorForCausalL
     except SafetensorError as error:
         raise ValueError(f"{folder}: a weight file is damaged: {error}") from error
     torch.nn.Module.to(model, place)
-    return model.eval(), load_tokenizer(_tokenizer_place(folder))
+    return model.eval(), load_tokenizer(tokenizer_place(folder))
 
 
-def _tokenizer_place(folder: Path) -> Path:
+def tokenizer_place(folder: Path) -> Path:
     """The model's own tokenizer, or for a checkpoint of a run that of its data."""
     options = folder.parent.parent / "options.json"
     if (folder / "tokenizer.json").is_file() or not options.is_file():

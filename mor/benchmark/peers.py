@@ -46,7 +46,6 @@ class Peer:
         if name in ("llama-dynamic", "llama-static"):
             self._options = dict(cache_implementation=name.removeprefix("llama-"))
 
-    @torch.inference_mode()
     def serve(self, workload: Workload, *, batch: int, temperature: float = 1.0) -> Served:
         """Generate for all requests, `batch` at a time."""
         batch = 1 if self.name == "generate-1" else batch
@@ -68,8 +67,13 @@ class Peer:
     def _serve_all(self, workload: Workload, sampling: dict[str, Any]) -> None:
         """Every request generates as many tokens as the longest."""
         settings = GenerationConfig(max_new_tokens=max(workload.lengths), eos_token_id=None, pad_token_id=0, **sampling)
-        self._model.generate_batch([list(prompt) for prompt in workload.prompts], generation_config=settings)
+        prompts = [list(prompt) for prompt in workload.prompts]
+        outputs = self._model.generate_batch(prompts, generation_config=settings)
+        made = [len(output.generated_tokens) for output in outputs.values()]
+        if made != [max(workload.lengths)] * len(workload):
+            raise RuntimeError(f"generate_batch made {sum(made)} tokens for {len(made)} of {len(workload)} requests")
 
+    @torch.inference_mode()
     def _serve_batches(self, workload: Workload, batch: int, sampling: dict[str, Any]) -> None:
         for first in range(0, len(workload), batch):
             prompts = torch.tensor(workload.prompts[first : first + batch], device=self._arm.model.device)

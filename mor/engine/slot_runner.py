@@ -24,8 +24,9 @@ from mor.engine.slot_state import BROKEN, NOTHING, Edits, Report, SlotRow
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Numbers of slots that there are visits for."""
 
-SHORTEST = 256
-"""The least bound on a visit's entries; further ones are powers of two times this."""
+SHORTEST = 512
+"""The least bound on a visit's entries; each further one is four times as large. Visits of a new shape are captured
+when it is first needed, which takes a moment: few bounds, few moments."""
 
 
 class Progress(NamedTuple):
@@ -242,14 +243,24 @@ class SlotRunner:
         places = self._rate.places(slots)
         many_are_new = num_new > max(1, slots // 8)
         longest = self.ahead + max(tenant.request.num_known for tenant in self._tenants.values())
+        turns = slots if self._turns_once or many_are_new else places
+        return VisitShape(slots=slots, turns=turns, longest=self._bound(longest))
+
+    def _bound(self, longest: int) -> int:
+        """The bound on entries that a visit of sequences this long has."""
         bound = SHORTEST
         while bound < longest:
-            bound *= 2
-        return VisitShape(
-            slots=slots,
-            turns=slots if self._turns_once or many_are_new else places,
-            longest=min(bound, self._max_length),
-        )
+            bound *= 4
+        return min(bound, self._max_length)
+
+    def warm_up(self, sizes: Sequence[int] | None = None, lengths: Sequence[int] = (1,)) -> None:
+        """Capture the visits that these numbers of slots (None: all there may be) need for sequences up to these
+        lengths, so that none of them is captured while requests wait."""
+        most = self._state.num_slots
+        for slots in sorted({min(size, most) for size in sizes or SIZES}):
+            turns = {slots} if self._turns_once else {slots, self._rate.places(slots)}
+            for longest in {self._bound(length) for length in lengths}:
+                self._graphs.prepare([VisitShape(slots=slots, turns=t, longest=longest) for t in sorted(turns)])
 
     def _sent(self) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
         """Reports and lengths on their way to the host."""
@@ -276,9 +287,15 @@ class Graphs:
         if self._program.state.device.type != "cuda":
             self._program.visit(shape)
             return
-        if shape not in self._graphs:
-            self._graphs[shape] = self._captured(shape)
+        self.prepare([shape])
         self._graphs[shape].replay()
+
+    def prepare(self, shapes: Sequence[VisitShape]) -> None:
+        """Capture visits of these shapes, if that was not done."""
+        if self._program.state.device.type == "cuda":
+            for shape in shapes:
+                if shape not in self._graphs:
+                    self._graphs[shape] = self._captured(shape)
 
     def _captured(self, shape: VisitShape) -> torch.cuda.CUDAGraph:
         """Run the visit once with all slots empty, which compiles what it needs and changes nothing, and capture it."""

@@ -227,3 +227,24 @@ def test_a_visit_is_as_large_as_it_must_be() -> None:
         if engine.slots._tenants:
             seen.add(engine.slots._shape(num_new=0).slots)
     assert max(seen) == 32 and min(seen) <= 4 and seen <= set(SIZES)
+
+
+def test_visits_that_requests_will_need_are_captured_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = slots_of(tiny_model(router="expert_choice"), max_requests=6)
+    assert engine.slots is not None
+    prepared = set[VisitShape]()
+    monkeypatch.setattr(engine.slots._graphs, "prepare", prepared.update)
+    engine.warm_up()
+    assert {shape.slots for shape in prepared} == {1, 2, 4, 6}
+    used = set[VisitShape]()
+    monkeypatch.setattr(engine.slots._program, "visit", used.add)
+    for n in range(6):
+        engine.add_request(f"{n}", [n + 1], greedy(4))
+    for _ in range(4):
+        engine.step()
+    assert used and used <= prepared
+    wide = slots_of(tiny_model(num_recursions=1, sharing="none", max_position_embeddings=4096), num_pages=9000)
+    assert wide.slots is not None
+    monkeypatch.setattr(wide.slots._graphs, "prepare", prepared.update)
+    wide.slots.warm_up([4], [1, 600, 2100])
+    assert {s.longest for s in prepared if s.slots == 4 and s.turns == 4} >= {512, 2048, 4096}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
+from mor.engine.kernels import few_rows
 from mor.engine.kernels.append_decode import attend_new
 from mor.engine.kernels.draw import draw_tokens
-from mor.engine.kernels.few_rows import MAX_ROWS as FEW_ROWS
-from mor.engine.kernels.few_rows import linear_small
 from mor.engine.kernels.fused import add_norm, rotate_and_store, swiglu
 from mor.engine.kernels.paged_decode import attend_pages
+from mor.engine.kernels.some_rows import linear_some
 
 __all__ = [
     "FEW_ROWS",
@@ -19,3 +23,14 @@ __all__ = [
     "rotate_and_store",
     "swiglu",
 ]
+
+VERY_FEW_ROWS, FEW_ROWS = 2, 16
+"""Rows up to which the kernels that read a weight row by row, and those on matrix units, are faster than cuBLAS and the
+kernels around it: without attention a layer of 360M dimensions took 17 (1 row), 20 (2) and 27 us (4) with the first,
+21 (16), 28 (32) and 40 us (64) with the second, and 29, 28, 28, 26, 24 and 27 us with cuBLAS on one NVIDIA H200."""
+
+
+def linear_small(x_NK: Tensor, weight_MK: Tensor, **folded: Any) -> Tensor:
+    """A linear layer of at most `FEW_ROWS` rows, by the kernel for so many; see `plain_ops.linear_small`."""
+    linear = few_rows.linear_small if len(x_NK) <= VERY_FEW_ROWS else linear_some
+    return linear(x_NK, weight_MK, **folded)

@@ -1,0 +1,129 @@
+"""What is wrong is refused with the field's name and the limit, never ignored and never a 500."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.serve.serving import Running, error_of
+
+PATH = "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"temprature": 1}, "temprature", "not supported"),
+        ({"tools": []}, "tools", "not supported"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias", "not supported"),
+        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"skip_special_tokens": False}, "skip_special_tokens", "True"),
+        ({"best_of": 3}, "best_of", "not supported"),
+        ({"echo": True, "stream": True}, "echo", "not supported"),
+        ({"max_tokens": 0}, "max_tokens", "echo"),
+        ({"max_tokens": 201}, "max_tokens", "200"),
+        ({"max_tokens": 1.5}, "max_tokens", "integer"),
+        ({"max_tokens": True}, "max_tokens", "integer"),
+        ({"max_tokens": "5"}, "max_tokens", "integer"),
+        ({"max_tokens": 10**30}, "max_tokens", "200"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "differ"),
+        ({"min_tokens": 9, "max_tokens": 5}, "min_tokens", "at most"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": 1e-9}, "temperature", "0.001"),
+        ({"temperature": None, "top_p": 0}, "top_p", "greater than 0"),
+        ({"n": 13}, "n", "12"),
+        ({"n": 2, "temperature": 0}, "n", "temperature"),
+        ({"prompt": ["a", "b", "c", "d"], "n": 4}, "n", "12"),
+        ({"seed": -1}, "seed", "greater than or equal"),
+        ({"seed": 2**64}, "seed", "less than or equal"),
+        ({"logprobs": 21}, "logprobs", "20"),
+        ({"stop": ["x"] * 17}, "stop", "16"),
+        ({"stop": ""}, "stop", "at least 1"),
+        ({"stop": [7]}, "stop.0", "string"),
+        ({"mean_depth": 3.5}, "mean_depth", "3"),
+        ({"mean_depth": 0}, "mean_depth", "1"),
+        ({"max_recursions": 4}, "max_recursions", "3"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
+        ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other", "not supported"),
+        ({"prompt": "x" * 256}, "prompt", "255"),
+        ({"prompt": "x" * 100, "max_tokens": 180}, "max_tokens", "156"),
+        ({"prompt": 5}, "prompt", "string"),
+        ({"prompt": []}, "prompt", "at least 1"),
+        ({"prompt": [[]]}, "prompt.0", "at least 1"),
+        ({"prompt": [300]}, None, "300"),
+        ({"prompt": [-1]}, "prompt.0", "greater than"),
+        ({"prompt": [1, "a"]}, "prompt.0", "valid"),
+    ],
+)
+def test_a_completion_names_what_is_wrong(server: Running, fields: dict[str, Any], param: str, says: str) -> None:
+    error = error_of(server.client.post(PATH, json={"prompt": "abc", **fields}), 400)
+    assert error["type"] == "invalid_request_error"
+    assert says in error["message"]
+    if param is not None:
+        assert error["param"] == param and error["message"].startswith(("the prompt", param.split(".")[0]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"modalities": ["audio"]}, "modalities.0"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"functions": []}, "functions"),
+        ({"store": True}, "store"),
+    ],
+)
+def test_a_chat_names_what_is_wrong(server: Running, fields: dict[str, Any], param: str) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], **fields}
+    error = error_of(server.client.post("/v1/chat/completions", json=body), 400)
+    assert error["param"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"prompt": "a"', "JSON"),
+        (b'{"prompt": "\xff"}', "UTF-8"),
+        (b'{"prompt": "a", "temperature": NaN}', "finite"),
+        (b'{"prompt": "a", "temperature": Infinity}', "temperature"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "\\ud800"}', "prompt"),
+        (b'{"\\ud800": 1}', "unicode"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "JSON"),
+        (b'{"prompt": ' + b"[" * 100_000, "nested"),
+        (b"[]", "object"),
+        (b"", "object"),
+    ],
+)
+def test_bodies_that_are_no_requests(server: Running, body: bytes, says: str) -> None:
+    response = server.client.post(PATH, content=body, headers={"content-type": "application/json"})
+    assert says in error_of(response, 400)["message"]
+
+
+def test_other_types_of_content_are_not_read(server: Running) -> None:
+    """So a page of another origin cannot ask without the browser asking first."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        response = server.client.post(PATH, content=b'{"prompt": "a"}', headers={"content-type": kind})
+        assert "application/json" in error_of(response, 400)["message"]
+
+
+def test_what_is_not_there(server: Running) -> None:
+    assert error_of(server.client.get("/nothing"), 404)["code"] == "not_found"
+    assert error_of(server.client.get(PATH), 405)["code"] == "method_not_allowed"
+    assert server.client.get("/docs").status_code == 404  # it would load scripts from elsewhere
+
+
+def test_fields_of_openai_s_that_say_the_default_are_taken(server: Running) -> None:
+    nothing = dict.fromkeys("stop seed n logprobs echo suffix best_of logit_bias stream_options user top_p".split())
+    assert server.complete(max_tokens=1, **nothing).status_code == 200
+    assert server.complete(max_tokens=1, best_of=1, logit_bias={}, n=1.0, user="me", top_k=-1).status_code == 200
+    fields = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"]}
+    assert server.chat("x", max_tokens=1, **fields).status_code == 200
