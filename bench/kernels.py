@@ -110,7 +110,7 @@ def main() -> None:
     arguments = parser.parse_args()
     on_cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_cuda else ("cpu", torch.float32)
-    ops, copy = ops_for(torch.device(device)), ceilings(device)[0]
+    ops, copy = ops_for(torch.device(device), SIZE), ceilings(device)[0]
     points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
     lines = [attention(ops, rows, context, device, dtype) for rows, context in (points if on_cuda else [(2, 40)])]
     for rows in [int(number) for number in arguments.rows.split(",")] if on_cuda else [2]:

@@ -151,7 +151,7 @@ def _split_module(name: str, path: Path) -> tuple[str, str]:
         with tokenize.open(path) as file, warnings.catch_warnings(action="ignore"):
             source = file.read()
             tree = ast.parse(source)
-    except (OSError, SyntaxError, UnicodeDecodeError):
+    except (OSError, SyntaxError, ValueError):
         return "", ""
     lines = [line + "\n" for line in source.split("\n")]  # as Python counts them: a form feed ends no line
     paragraphs = [f"Module {name}"]

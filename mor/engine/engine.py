@@ -64,7 +64,7 @@ class Engine:
         layout = PageLayout.of(model.config, self.options.page_entries)
         num_pages = choose_num_pages(self.options, layout.page_bytes(model.dtype), model.device)
         self._store = KvStore(layout, num_pages, device=model.device, dtype=model.dtype)
-        layers = Layers(model.config, ops_for(model.device))
+        layers = Layers(model.config, ops_for(model.device, layout.head_size))
         self.runner = Runner(model, layout, self._store, layers)
         self.pool = BlockPool(num_pages)
         self.prefixes = PrefixCache(self.pool, layout.shape) if self.options.prefix_caching else None

@@ -74,7 +74,7 @@ class Layers:
 
     def __init__(self, config: MorConfig, ops: ModuleType) -> None:
         assert config.head_dim is not None
-        self._ops, self._heads, self._eps = ops, config.num_attention_heads, config.rms_norm_eps
+        self.ops, self._heads, self._eps = ops, config.num_attention_heads, config.rms_norm_eps
         self._query_size = config.num_attention_heads * config.head_dim
         self._act = None if config.hidden_act in ("silu", "swish") else ACT2FN[config.hidden_act]
         self._weights: dict[int, _Weights] = {}
@@ -84,21 +84,21 @@ class Layers:
     ) -> Tensor:
         """The output of one layer after another, each with its rows and pages; `x_ND`, contiguous, is overwritten."""
         steps = zip([self._of(cast(MorDecoderLayer, layer)) for layer in layers], rows, pages, strict=True)
-        if len(x_ND) <= self._ops.FEW_ROWS:
+        if len(x_ND) <= self.ops.FEW_ROWS:
             for weights, layer_rows, layer_pages in steps:
                 self._apply_to_few(weights, x_ND, layer_rows, layer_pages)
             return x_ND
         delta_ND: Tensor | None = None
         for weights, layer_rows, layer_pages in steps:
-            x_ND, h_ND = self._ops.add_norm(x_ND, delta_ND, weights.input_norm, self._eps)
+            x_ND, h_ND = self.ops.add_norm(x_ND, delta_ND, weights.input_norm, self._eps)
             out_NC = self._attended(partial(F.linear, h_ND), weights, layer_rows, layer_pages)
-            x_ND, h_ND = self._ops.add_norm(x_ND, weights.out(out_NC), weights.post_norm, self._eps)
+            x_ND, h_ND = self.ops.add_norm(x_ND, weights.out(out_NC), weights.post_norm, self._eps)
             delta_ND = weights.down(self._gated(F.linear(h_ND, weights.gate_up, weights.gate_up_bias)))
         return x_ND if delta_ND is None else x_ND + delta_ND
 
     def _apply_to_few(self, weights: _Weights, x_ND: Tensor, rows: Rows, pages: Pages) -> None:
         """A layer in as few steps as there are products and one for attention: `x_ND` becomes its output."""
-        linear = self._ops.linear_small
+        linear = self.ops.linear_small
 
         def project(weight: Tensor, bias: Tensor | None) -> Tensor:
             return linear(x_ND, weight, bias_M=bias, norm_K=weights.input_norm, eps=self._eps)  # type: ignore[no-any-return]
@@ -114,21 +114,21 @@ class Layers:
         weight, bias = weights.qkv, weights.qkv_bias
         if rows.page_N is None:
             query_NC = project(weight[: self._query_size], None if bias is None else bias[: self._query_size])
-            query_NHE = self._ops.rotate_and_store(query_NC, *rows.rotary, None, None, None, None, self._heads)
+            query_NHE = self.ops.rotate_and_store(query_NC, *rows.rotary, None, None, None, None, self._heads)
             return rows.attend(query_NHE, pages).flatten(1)
         qkv_NC = project(weight, bias)
         if isinstance(rows, AppendingRows):
             return rows.attend_new(qkv_NC, self._heads, pages).flatten(1)
-        query_NHE = self._ops.rotate_and_store(qkv_NC, *rows.rotary, rows.page_N, rows.place_N, *pages, self._heads)
+        query_NHE = self.ops.rotate_and_store(qkv_NC, *rows.rotary, rows.page_N, rows.place_N, *pages, self._heads)
         return rows.attend(query_NHE, pages).flatten(1)
 
     def normed(self, norm: nn.RMSNorm, x_ND: Tensor) -> Tensor:
         """The final norm."""
-        return self._ops.add_norm(x_ND, None, norm.weight, self._eps)[1]  # type: ignore[no-any-return]
+        return self.ops.add_norm(x_ND, None, norm.weight, self._eps)[1]  # type: ignore[no-any-return]
 
     def _gated(self, both_N2F: Tensor) -> Tensor:
         if self._act is None:
-            return self._ops.swiglu(both_N2F)  # type: ignore[no-any-return]
+            return self.ops.swiglu(both_N2F)  # type: ignore[no-any-return]
         gate_NF, up_NF = both_N2F.chunk(2, dim=-1)
         return self._act(gate_NF) * up_NF
 

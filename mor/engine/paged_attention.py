@@ -9,7 +9,7 @@ key/value heads, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from mor.engine.kv_store import gather_entries
 from mor.engine.layers import Pages
 
 Integers = npt.NDArray[np.int64]
+AttendSpans = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +48,13 @@ class PagedScope:
     `numbers`: which token of its request each entry of a recursion's page is (pages, P).
     """
 
-    def __init__(self, spans: Sequence[Span], page_entries: int, numbers: Tensor) -> None:
+    def __init__(
+        self, spans: Sequence[Span], page_entries: int, numbers: Tensor, attend_spans: AttendSpans | None = None
+    ) -> None:
+        """`attend_spans`: the kernel, None to gather; entries that lie over others are always gathered."""
         self._tiles: _Tiles | None = None
-        if numbers.is_cuda and not any(span.own_entries for span in spans):
-            self._tiles = _Tiles.of(spans, numbers.device)
+        if attend_spans is not None and not any(span.own_entries for span in spans):
+            self._tiles = _Tiles.of(spans, numbers.device, attend_spans)
             return
         self._groups = [_Group.of(spans, page_entries, numbers) for spans in _grouped(spans)]
         rows = [row for group in self._groups for row in group.rows]
@@ -134,9 +138,10 @@ class _Tiles:
     table_TX: Tensor
     tile_W3: Tensor
     last_M: Tensor
+    attend_spans: AttendSpans
 
     @classmethod
-    def of(cls, spans: Sequence[Span], device: torch.device) -> _Tiles:
+    def of(cls, spans: Sequence[Span], device: torch.device, attend_spans: AttendSpans) -> _Tiles:
         from mor.engine.kernels.paged_prefill import cut_tiles
 
         table = np.zeros((len(spans), max(len(span.pages) for span in spans)), dtype=np.int32)
@@ -148,12 +153,11 @@ class _Tiles:
             table_TX=torch.from_numpy(table).to(device),
             tile_W3=torch.from_numpy(tiles).to(device),
             last_M=torch.from_numpy(last).to(device),
+            attend_spans=attend_spans,
         )
 
     def attend(self, query_MHE: Tensor, layer: Pages) -> Tensor:
-        from mor.engine.kernels.paged_prefill import attend_spans
-
-        return attend_spans(query_MHE, *layer, self.table_TX, self.tile_W3, self.last_M)
+        return self.attend_spans(query_MHE, *layer, self.table_TX, self.tile_W3, self.last_M)
 
 
 @dataclass(kw_only=True)

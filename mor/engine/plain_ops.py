@@ -17,6 +17,7 @@ from mor.engine.params import SamplingParams
 from mor.engine.sampler import SamplingRow, sample
 from mor.model.attention import rotate
 
+attend_spans = None  # rows of prompts are gathered: see `paged_attention`
 FEW_ROWS = 0
 """With so many rows or fewer, a layer is made of `linear_small`: never, as it is no faster here."""
 

@@ -290,7 +290,7 @@ class Runner:
             self.store.numbers[page_N, place_N] = number_N
         cos_1NE, sin_1NE = self._model.rotary_emb(x_MD[None], position_ids=number_N[None])
         return _Batch(
-            scope=PagedScope(spans, size, self.store.numbers),
+            scope=PagedScope(spans, size, self.store.numbers, self._layers.ops.attend_spans),
             rotary=(cos_1NE[0], sin_1NE[0]),
             page_N=page_N if any(map(self._written, works)) else None,
             place_N=place_N,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -63,8 +64,9 @@ def slots_of(
     options: EngineOptions,
     limits: Limits,
 ) -> Slots | None:
-    """Slots, if they are asked for or the model can use them on its device. Raises ValueError if it cannot."""
-    if options.slots is False or (options.slots is None and model.device.type != "cuda"):
+    """Slots if they are asked for, or if there are kernels for them. Raises ValueError if the model cannot have any."""
+    wanted = layers.ops.attend_spans is not None if options.slots is None else options.slots
+    if not wanted:
         return None
     try:
         return Slots(
@@ -76,7 +78,6 @@ def slots_of(
             visits=options.slot_visits or (8 if limits.max_requests <= 64 else 16),
             max_length=limits.max_length,
             layers=layers,
-            ops=ops_for(model.device),
         )
     except ValueError:
         if options.slots:
@@ -84,6 +85,8 @@ def slots_of(
         return None
 
 
-def ops_for(device: torch.device) -> ModuleType:
-    """What layers are made of: kernels on CUDA, plain PyTorch elsewhere."""
-    return import_module("mor.engine.kernels.ops" if device.type == "cuda" else "mor.engine.plain_ops")
+def ops_for(device: torch.device, head_size: int) -> ModuleType:
+    """What layers are made of: kernels on CUDA if they can read heads of this size, else plain PyTorch."""
+    readable = head_size >= 16 and head_size & (head_size - 1) == 0
+    has_kernels = device.type == "cuda" and readable and find_spec("triton") is not None
+    return import_module("mor.engine.kernels.ops" if has_kernels else "mor.engine.plain_ops")

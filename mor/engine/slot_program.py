@@ -76,10 +76,9 @@ class SlotProgram:
         state: SlotState,
         routing: SlotRouting,
         layers: Layers,
-        ops: ModuleType,
         max_length: int,
     ) -> None:
-        self.state, self._layout, self._store, self._routing, self._ops = state, layout, store, routing, ops
+        self.state, self._layout, self._store, self._routing, self._ops = state, layout, store, routing, layers.ops
         self._model, self._head, self._layers = model.model, model.lm_head, layers
         self._plan, self._policy = model.config.depth_plan, model.config.kv_cache
         numbers = torch.arange(max_length, device=state.device)

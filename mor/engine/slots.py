@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 from mor.engine.budgets import Budgets
 from mor.engine.kv_store import KvStore, PageLayout
@@ -59,7 +58,6 @@ class Slots(SlotRunner):
         visits: int,
         max_length: int,
         layers: Layers,
-        ops: ModuleType,
     ) -> None:
         """Raises ValueError for a model that slots cannot run."""
         routing = routing_of(model, budgets)
@@ -68,7 +66,7 @@ class Slots(SlotRunner):
         state = SlotState(
             layout, num_slots, max_length, hidden_size=model.config.hidden_size, most_visits=visits, like=like
         )
-        program = SlotProgram(model, layout, store, state, routing, layers, ops, max_length)
+        program = SlotProgram(model, layout, store, state, routing, layers, max_length)
         turns_once = plan.num_recursions == 1 or plan.is_sequence
         super().__init__(program, max_length=max_length, visits=visits, turns_once=turns_once)
         self._budgets, self._num_recursions = budgets, plan.num_recursions

@@ -99,8 +99,7 @@ class TextCoder:
 def open_tokenizer(path: str | Path) -> Any:
     """The tokenizer of the model at `path`, without the model. Raises FileNotFoundError or ValueError."""
     from mor.data.tokenizer import load_tokenizer
-    from mor.loading import find_model
-    from mor.loading import tokenizer_place as tokenizer_place
+    from mor.loading import find_model, tokenizer_place
 
     return load_tokenizer(tokenizer_place(find_model(path)))
 

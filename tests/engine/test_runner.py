@@ -24,7 +24,7 @@ class Watched:
         apply = engine.runner._layers
 
         class Watching:
-            normed = apply.normed
+            normed, ops = apply.normed, apply.ops
 
             def __call__(self, layers: Any, x_MD: torch.Tensor, *rest: Any) -> torch.Tensor:
                 for layer in layers:

@@ -11,6 +11,7 @@ from mor.engine.kernels.append_decode import attend_new
 from mor.engine.kernels.draw import draw_tokens
 from mor.engine.kernels.fused import add_norm, rotate_and_store, swiglu
 from mor.engine.kernels.paged_decode import attend_pages
+from mor.engine.kernels.paged_prefill import attend_spans
 from mor.engine.kernels.some_rows import linear_some
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "add_norm",
     "attend_new",
     "attend_pages",
+    "attend_spans",
     "draw_tokens",
     "linear_small",
     "rotate_and_store",
