@@ -10,8 +10,11 @@ import argparse
 import asyncio
 import json
 import os
+import statistics
 import subprocess
 import sys
+from dataclasses import asdict
+from typing import Any
 
 from mor.benchmark.server_crowd import watch_crowd
 from mor.benchmark.server_throughput import make_prompts, measure_offline, measure_server
@@ -53,7 +56,7 @@ def throughput(arguments: argparse.Namespace) -> None:
     print(
         f"{arguments.streams} streams, {arguments.requests} requests of {arguments.prompt} + {arguments.tokens} tokens"
     )
-    ratios: list[float] = []
+    ratios, rounds = list[float](), list[dict[str, Any]]()
     for _ in range(arguments.repeats):
         command = [sys.executable, "-m", "bench.serving", "offline", *sys.argv[2:]]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -66,6 +69,7 @@ def throughput(arguments: argparse.Namespace) -> None:
             options=["--threads", str(arguments.threads)],
         )
         ratios.append(served.tokens_per_second / alone)
+        rounds.append({"engine_tokens_per_second": alone, "engine_cpu_ms": alone_cpu, "server": asdict(served)})
         print(
             f"engine {alone:,.0f} tokens/s  server {served.tokens_per_second:,.0f} tokens/s  ratio {ratios[-1]:.2f}  "
             f"first token {1000 * (served.first_token or 0):.0f} ms (p99 {1000 * (served.first_token_99 or 0):.0f})  "
@@ -74,13 +78,17 @@ def throughput(arguments: argparse.Namespace) -> None:
             f"server {served.server_cpu:.2f} ms",
             flush=True,
         )
-    print(f"ratio, median: {sorted(ratios)[len(ratios) // 2]:.2f}; load of the machine: {os.getloadavg()[0]:.1f}")
+    median, load = statistics.median(ratios), os.getloadavg()[0]
+    print(f"ratio, median: {median:.2f}; load of the machine: {load:.1f}")
+    print(json.dumps(dict(benchmark="serving", ratio=median, ratios=ratios, load=load, rounds=rounds)))
 
 
 def crowd(arguments: argparse.Namespace) -> None:
     """Well-behaved, malformed, huge, slow and vanishing clients at once."""
     report = asyncio.run(watch_crowd(arguments.model, num_clients=arguments.clients, seconds=arguments.seconds))
-    print(json.dumps(report, indent=2))
+    for name, value in report.items():
+        print(f"{name}: {value}")
+    print(json.dumps(dict(benchmark="crowd", **report)))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         path=str(find_model(arguments.model)), device=arguments.device, threads=arguments.threads, options=engine
     )
     options = ServeOptions(
-        model_name=arguments.name or source.name,
+        model_name=arguments.name or ModelFolder(path=arguments.model).name,
         host=arguments.host,
         port=arguments.port,
         api_key=arguments.api_key or os.environ.get(KEY_VARIABLE) or None,

@@ -91,7 +91,7 @@ def build_app(arguments: Arguments) -> FastAPI:
         options=EngineOptions(max_requests=arguments.max_requests),
     )
     options = ServeOptions(
-        model_name=arguments.name or source.name,
+        model_name=arguments.name or ModelFolder(path=arguments.model).name,
         api_key=arguments.api_key,
         max_waiting=arguments.max_waiting,
         max_tokens=arguments.max_tokens,
