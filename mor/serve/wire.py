@@ -10,7 +10,7 @@ import pickle
 import select
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 HEAD = 4
 
@@ -67,9 +67,8 @@ class WireProtocol(asyncio.Protocol):
             self._transport.write(pack(message))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.writelines(self._unsent)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
+        self._transport.writelines(self._unsent)
 
     def data_received(self, data: bytes) -> None:
         self._unread += data

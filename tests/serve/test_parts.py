@@ -145,3 +145,25 @@ def test_numbers_of_depths() -> None:
         "mor_preemptions_total": 6,
     }
     assert {name: float(values[name]) for name in expected} == pytest.approx(expected)
+
+
+def test_any_loops_transport_serves() -> None:
+    """Those of uvloop are no subclass of asyncio's."""
+
+    class Transport:
+        def __init__(self) -> None:
+            self.written: list[bytes] = []
+
+        def write(self, data: bytes) -> None:
+            self.written.append(data)
+
+        def writelines(self, parts: list[bytes]) -> None:
+            self.written += parts
+
+    transport, heard = Transport(), list[object]()
+    wire = WireProtocol(hear=heard.append, lost=lambda: None)
+    wire.send("before")
+    wire.connection_made(transport)  # type: ignore[arg-type]
+    wire.send("after")
+    wire.data_received(b"".join(transport.written))
+    assert heard == ["before", "after"]
