@@ -7,7 +7,7 @@ get the head and start the next; nobody waits for another's depth.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +160,7 @@ class Engine:
     def _queue_slots(self, plan: Plan) -> int:
         """Let the slots go on; returns how many visits were queued."""
         assert self.slots is not None
-        with self._failing(plan.decoding):
+        with self._failing(plan.decoding, self.slots.forget):
             self._beside.join()
             visits = self.slots.run(plan.decoding, plan.grown, self._slot_row)
             self._beside.start(after_slots=self.slots.has_strays)
@@ -176,7 +176,7 @@ class Engine:
     def _collect(self, plan: Plan) -> list[RequestOutput]:
         """Take in what the oldest batch of the slots did."""
         assert self.slots is not None
-        with self._failing(plan.decoding):
+        with self._failing(plan.decoding, self.slots.forget):
             progresses = self.slots.collect()
         return [
             self._tell(live)
@@ -199,14 +199,12 @@ class Engine:
         return live
 
     @contextmanager
-    def _failing(self, requests: Sequence[Request]) -> Iterator[None]:
-        """End these requests if what is done with them breaks off."""
+    def _failing(self, requests: Sequence[Request], forget: Callable[[], None]) -> Iterator[None]:
+        """End these requests if what is done with them breaks off, and `forget` how far they came."""
         try:
             yield
         except BaseException as error:
-            self.runner.forget()
-            if self.slots is not None:
-                self.slots.forget()
+            forget()
             for request in requests:
                 live = self._live[request.id]
                 if request.state != "finished":
@@ -218,7 +216,8 @@ class Engine:
     def _visit(self, plan: Plan) -> list[RequestOutput]:
         if not plan.segments and not plan.copies:
             return []
-        with self._failing([segment.request for segment in plan.segments]), self._beside.running():
+        visited = [segment.request for segment in plan.segments]
+        with self._failing(visited, self.runner.forget), self._beside.running():
             self._store.copy_pages([copy.source for copy in plan.copies], [copy.target for copy in plan.copies])
             results = self.runner.visit(plan.segments) if plan.segments else []
             done: list[tuple[_Live, int, Tensor]] = []

@@ -129,7 +129,7 @@ class SlotRunner:
         self._emptied: list[int] = []
         self._rate = _TurnRate()
         self._graphs = Graphs(program)
-        self.has_strays = False
+        self.has_strays, self._is_adrift = False, False
 
     @property
     def in_flight(self) -> int:
@@ -195,11 +195,11 @@ class SlotRunner:
         return found
 
     def forget(self) -> None:
-        """Empty all slots: after work that broke off, nobody knows how far each came."""
+        """Empty all slots: after work that broke off, nobody knows how far each came or what the device still does."""
         self._flight.clear()
-        for tenant in self._tenants.values():
-            self._release(tenant)
         self._tenants = {}
+        self._free = list(range(self._state.num_slots))
+        self._emptied, self._is_adrift = list(self._free), True
 
     def _ends(self, tenant: _Tenant, tokens: Sequence[int]) -> bool:
         """Whether the device knows that a request has ended."""
@@ -211,7 +211,8 @@ class SlotRunner:
     ) -> Edits:
         """Empty the slots of requests that are gone, fill free ones, and tell all about their new pages."""
         gone = [tenant for tenant in self._tenants.values() if not tenant.is_here]
-        self.has_strays = bool(self._flight) and any(not tenant.ends_itself for tenant in gone)
+        self.has_strays = self._is_adrift or (bool(self._flight) and any(not tenant.ends_itself for tenant in gone))
+        self._is_adrift = False
         for tenant in gone:
             del self._tenants[tenant.request.id]
             self._release(tenant)

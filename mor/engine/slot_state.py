@@ -68,7 +68,7 @@ class Report(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class SlotRow:
-    """A request that takes a slot: the initial values of its row."""
+    """A request that takes a slot: the initial values of its row. `stops`: at most `NUM_STOPS`, the device's own."""
 
     slot: int
     token: int
@@ -87,7 +87,7 @@ class SlotRow:
 
     def ints(self) -> list[int]:
         """Columns of `SlotState.ints`."""
-        stops = [*self.stops[:NUM_STOPS], *[NOTHING] * (NUM_STOPS - len(self.stops))]
+        stops = [*self.stops, *[NOTHING] * (NUM_STOPS - len(self.stops))]
         values = {
             Int.TOKEN: self.token,
             Int.NUMBER: self.number,

@@ -13,7 +13,7 @@ from mor.engine.sampler import signed
 from mor.engine.slot_program import SlotProgram
 from mor.engine.slot_routing import SlotRouting, slot_routing, thresholds_of
 from mor.engine.slot_runner import SlotRunner
-from mor.engine.slot_state import SlotRow, SlotState
+from mor.engine.slot_state import NUM_STOPS, SlotRow, SlotState
 from mor.model.configuration_mor import MorConfig
 from mor.model.modeling_mor import MorForCausalLM
 
@@ -87,7 +87,7 @@ class Slots(SlotRunner):
             limit=self._budgets.limit(budget),
             seed=signed(seed),
             lengths=request.lengths,
-            stops=sorted(ends),
+            stops=sorted(ends)[:NUM_STOPS],
             top_k=params.top_k,
             temperature=params.temperature,
             top_p=params.top_p,

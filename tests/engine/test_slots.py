@@ -13,6 +13,7 @@ from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
 from mor.engine.slot_program import VisitShape
 from mor.engine.slot_runner import SIZES
+from mor.engine.slot_state import NUM_STOPS, Int
 from mor.engine.slots import fits_slot
 from tests.engine.test_engine import ALL_MODELS, alike, calibrated, check_under, crowd, limit_recursions, options
 from tests.engine.test_reliability import crowd as large_crowd
@@ -197,6 +198,66 @@ def test_a_batch_that_breaks_off_ends_the_requests_in_slots(monkeypatch: pytest.
     outputs = {output.id: output for output in drain(engine) if output.finished}
     assert outputs["old"].finish_reason == "error" and outputs["old"].error == "ZeroDivisionError: division by zero"
     assert outputs["new"].finish_reason == "length"
+    check_all_free(engine)
+
+
+def test_a_prompt_that_breaks_off_leaves_the_slots_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(router="expert_choice")
+    engine = slots_of(model, slot_visits=2)
+    engine.add_request("old", [1, 2, 3], greedy(20))
+    told = [token for _ in range(4) for output in engine.step() for token in output.token_ids]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "visit", lambda segments: 1 / 0)
+        engine.add_request("new", [4, 5, 6], greedy(3))
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    outputs = drain(engine)
+    assert [output.error for output in outputs if output.id == "new"] == ["ZeroDivisionError: division by zero"]
+    told += [token for output in outputs if output.id == "old" for token in output.token_ids]
+    [alone] = engine_of(model).generate([[1, 2, 3]], greedy(20), progress=False)
+    assert told == list(alone.token_ids)
+    check_all_free(engine)
+
+
+def test_slots_that_broke_off_are_emptied_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of requests that had just ended, too: else they would write on into pages of others."""
+    engine = slots_of(tiny_model(router="expert_choice"))
+    assert engine.slots is not None
+    state = engine.slots._state
+    for name in "ab":
+        engine.add_request(name, [1, 2, 3], greedy(30))
+    for _ in range(3):
+        engine.step()
+    assert engine.abort("b")
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "edit", lambda edits: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.add_request("c", [4], greedy(2))
+    engine.step()
+    engine.step()
+    assert engine.slots.has_strays is False
+    assert int((state.ints[:-1, Int.LIVE] > 0).sum()) <= 1
+    drain(engine)
+    check_all_free(engine)
+
+
+@pytest.mark.parametrize("count", [1, NUM_STOPS + 4])
+def test_only_the_host_knows_of_more_stop_tokens_than_a_slot_holds(count: int) -> None:
+    """A slot that does not know that it ended goes on for a while, and pages it may write to must wait for that."""
+    model = tiny_model()
+    [free] = engine_of(model).generate([[1, 2, 3]], greedy(12), progress=False)
+    wanted = free.token_ids[4]
+    others = [token for token in range(wanted) if token not in free.token_ids][: count - 1]
+    engine = slots_of(model, slot_visits=2)
+    assert engine.slots is not None
+    engine.add_request("0", [1, 2, 3], greedy(12, stop_token_ids=(*others, wanted)))
+    engine.add_request("1", [5], greedy(30))
+    strays = []
+    while engine.has_unfinished:
+        engine.step()
+        strays.append(engine.slots.has_strays)
+    assert any(strays) == (len(others) >= NUM_STOPS)
     check_all_free(engine)
 
 

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mor.engine import plain_ops
-from mor.engine.kernels.launch import check_rows, kernel, runs_kernel
+from mor.engine.kernels.launch import kernel, runs_kernel
+from mor.engine.kernels.linear import check_linear
 
 MAX_ROWS = 8
 """With more, a matrix product of the usual kind is faster."""
@@ -130,8 +131,8 @@ def linear_small(
         return plain_ops.linear_small(
             x_NK, weight_MK, bias_M=bias_M, norm_K=norm_K, eps=eps, gated=gated, onto_NM=onto_NM
         )
-    num_rows, size = x_NK.shape[0], weight_MK.shape[0] // 2 if gated else weight_MK.shape[0]
-    _check(x_NK, weight_MK, bias_M, norm_K, onto_NM, size, gated)
+    check_linear(x_NK, weight_MK, bias_M, norm_K, onto_NM, gated=gated, max_rows=MAX_ROWS)
+    num_rows, size = len(x_NK), len(weight_MK) // 2 if gated else len(weight_MK)
     out_NF = torch.empty(num_rows, size, device=x_NK.device, dtype=x_NK.dtype) if onto_NM is None else onto_NM
     if num_rows:
         _linear_small[(-(-size // block),)](
@@ -152,28 +153,3 @@ def linear_small(
             num_warps=num_warps,
         )
     return out_NF
-
-
-def _check(
-    x_NK: Tensor,
-    weight_MK: Tensor,
-    bias_M: Tensor | None,
-    norm_K: Tensor | None,
-    onto_NM: Tensor | None,
-    size: int,
-    gated: bool,
-) -> None:
-    num_rows, width = x_NK.shape
-    if num_rows > MAX_ROWS:
-        raise ValueError(f"{num_rows} rows are more than the {MAX_ROWS} that a product of few rows takes")
-    check_rows(x_NK, x_NK=x_NK, **({} if onto_NM is None else {"onto_NM": onto_NM}))
-    if weight_MK.shape[1] != width or not weight_MK.is_contiguous() or (gated and len(weight_MK) % 2):
-        raise ValueError(
-            f"a weight of shape {tuple(weight_MK.shape)} does not take rows of {width}, or is not contiguous"
-        )
-    if onto_NM is not None and onto_NM.shape[1] != size:
-        raise ValueError(f"{size} features cannot be added to rows of shape {tuple(onto_NM.shape)}")
-    if bias_M is not None and bias_M.shape != weight_MK.shape[:1]:
-        raise ValueError(f"a bias of shape {tuple(bias_M.shape)} does not match {len(weight_MK)} features")
-    if norm_K is not None and norm_K.shape != (width,):
-        raise ValueError(f"a norm of shape {tuple(norm_K.shape)} does not fit rows of {width}")
