@@ -11,31 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.clock import milliseconds
 from mor.model.ranged_attention import KeyRange
 
 QUERY_HEADS, KEY_HEADS, HEAD_SIZE = 15, 5, 64
-
-
-def milliseconds(run: Callable[[], object], tries: int = 30) -> float:
-    """Median time by device events, after a warm-up."""
-    for _ in range(5):
-        run()
-    pairs = []
-    for _ in range(tries):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        pairs.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairs)
 
 
 def heads(rows: int, count: int, tokens: int) -> Tensor:

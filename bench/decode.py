@@ -15,51 +15,18 @@ import argparse
 import gc
 import json
 import random
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.clock import copy_rate, matmul_rate, wait
 from mor.benchmark.arms import Arm, build_arm
 from mor.benchmark.serving import pages_for
 from mor.engine.engine import Engine
 from mor.engine.options import EngineOptions
 from mor.engine.params import SamplingParams
-
-
-def ceilings(device: str) -> tuple[float, float]:
-    """Bytes per second of a copy, read and written, and FLOP/s of a large matrix product in bfloat16."""
-    size = 2**30 if device == "cuda" else 2**24
-    source = torch.randn(size, device=device, dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    side = 8192 if device == "cuda" else 512
-    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(left)
-    copy = seconds(lambda: target.copy_(source), device)
-    product = seconds(lambda: torch.mm(left, right, out=out), device)
-    return 4 * size / copy, 2 * side**3 / product
-
-
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Median of several runs after a warm-up."""
-    for _ in range(3):
-        run()
-    taken = []
-    for _ in range(11):
-        wait(device)
-        start = time.perf_counter()
-        run()
-        wait(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 class Point:
@@ -207,7 +174,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rates = ceilings(device)
+    rates = copy_rate(device), matmul_rate(device)
     print(f"copy {rates[0] / 1e12:.2f} TB/s, matrix product {rates[1] / 1e12:.0f} TFLOP/s", flush=True)
     points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
     settings: dict[str, Any] = dict(max_length=max(c for _, c in points) + 256, device=device, dtype=dtype)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.decode import ceilings, seconds
+from bench.clock import copy_rate, milliseconds, seconds
 from mor.engine.setup import ops_for
 
 HIDDEN, INNER, HEADS, GROUPS, SIZE, ENTRIES = 960, 2560, 15, 5, 64, 16
@@ -35,16 +34,7 @@ def microseconds(run: Callable[[], object], device: str, calls: int = 1) -> floa
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    taken = []
-    for number in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if number > 1:
-            taken.append(1e3 * start.elapsed_time(end) / calls)
-    return statistics.median(taken)
+    return 1e3 * milliseconds(graph.replay) / calls
 
 
 def attention(ops: Any, rows: int, context: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -110,7 +100,7 @@ def main() -> None:
     arguments = parser.parse_args()
     on_cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_cuda else ("cpu", torch.float32)
-    ops, copy = ops_for(torch.device(device), SIZE), ceilings(device)[0]
+    ops, copy = ops_for(torch.device(device), SIZE), copy_rate(device)
     points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
     lines = [attention(ops, rows, context, device, dtype) for rows, context in (points if on_cuda else [(2, 40)])]
     for rows in [int(number) for number in arguments.rows.split(",")] if on_cuda else [2]:

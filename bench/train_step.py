@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.clock import matmul_rate
 from mor.data.loader import Batch
 from mor.model.configuration_mor import MorConfig
 from mor.model.cost import training_flops
@@ -157,20 +158,6 @@ def _compilations() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def matmul_ceiling() -> float:
-    """FLOP/s of an 8192^3 bfloat16 product on random data."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        torch.mm(a, b)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(20):
-        torch.mm(a, b)
-    end.record()
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (start.elapsed_time(end) / 1e3)
-
-
 def flops_per_step(name: str, rows: Tensor) -> float:
     """Training FLOPs of a step by the complete rule."""
     config = MorConfig(**DIMENSIONS, **ARMS[name], max_position_embeddings=rows.shape[1])
@@ -186,7 +173,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     rows = torch.randint(DIMENSIONS["vocab_size"], (arguments.rows, arguments.length), device="cuda")
-    ceiling = matmul_ceiling()
+    ceiling = matmul_rate("cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; matmul ceiling {ceiling / 1e12:.0f} TFLOP/s")
     results: dict[str, list[Measured]] = {name: [] for name in arguments.arms.split(",")}
     for number in range(arguments.rounds):
