@@ -1,9 +1,10 @@
 """Decoding at a fixed number of sequences and a fixed context, of arms side by side, against what the hardware allows.
 
-    python -m bench.decode [--arms vanilla,mor-3] [--points 512x2048,32x256] [--batches 8]
+    python -m bench.decode [--arms vanilla,mor-3] [--points 512x2048,32x256,40GiBx2048] [--batches 8]
 
 Every sequence has a prompt of nearly the whole context, which it reaches in the middle of what is watched; sampling at
-temperature 1. Random weights at the dimensions of the 360M model, in bfloat16 (without a GPU: a small model in
+temperature 1. A point may name a pool in place of the sequences: each arm then has as many as its keys and values fit.
+Random weights at the dimensions of the 360M model, in bfloat16 (without a GPU: a small model in
 float32); depths as in `mor bench throughput`. The lower bound of a token is the larger of two times: the bytes that it
 must move (its share of the weights of its visits, the keys and values that it reads and writes) at the speed of a copy,
 and its FLOPs at the speed of a large matrix product, both measured first. Prints a table, and one line of JSON last.
@@ -23,16 +24,23 @@ import torch
 
 from bench.clock import copy_rate, matmul_rate, wait
 from mor.benchmark.arms import Arm, build_arm
-from mor.benchmark.serving import pages_for
+from mor.benchmark.serving import PAGE_ENTRIES, pages_for, pages_in
+from mor.benchmark.throughput import parse_pool
 from mor.engine.engine import Engine
+from mor.engine.kv_store import PageLayout
 from mor.engine.options import EngineOptions
 from mor.engine.params import SamplingParams
+from mor.model.decision import budget_shares
+from mor.model.depth_plan import linear_capacities
+
+RESERVED = 32
+"""Entries of pages that slots hold ahead."""
 
 
 class Point:
     """An arm at a number of sequences and a context, ready to be watched."""
 
-    def __init__(self, arm: Arm, sequences: int, context: int, batches: int) -> None:
+    def __init__(self, arm: Arm, sequences: int, context: int, batches: int, num_pages: int | None = None) -> None:
         self.arm, self.sequences, self.batches = arm, sequences, batches
         visits = 8 if sequences <= 64 else 16
         self.prompt, self.output = max(2, context - (3 + batches // 2) * visits), (batches + 5) * visits
@@ -41,12 +49,13 @@ class Point:
             arm.tokenizer,
             EngineOptions(
                 max_requests=sequences,
-                num_pages=pages_for(arm, sequences, self.prompt + self.output),
+                num_pages=num_pages or pages_for(arm, sequences, self.prompt + self.output),
                 slot_visits=visits,
                 max_visit_tokens=16384,
                 prefill_chunk=2048,
                 prefix_caching=False,
                 slots=True,
+                lockstep=arm.lockstep,
             ),
         )
         assert self.engine.slots is not None
@@ -87,7 +96,7 @@ class Point:
 
         slots.run = timed  # type: ignore[method-assign]
         wait(device)
-        start, tokens = time.perf_counter(), 0
+        start, tokens, preempted = time.perf_counter(), 0, self.engine.statistics.preemptions
         for number in range(self.batches + 1):
             for output in self.engine.step():
                 if number:  # the first step tells of the batch before, which is done already
@@ -96,6 +105,7 @@ class Point:
         took = time.perf_counter() - start  # one batch more is queued, and none of it counted
         wait(device)
         slots.run = run  # type: ignore[method-assign]
+        assert self.engine.statistics.preemptions == preempted, "sequences were preempted while they were watched"
         lengths = slots._state.lengths[: self.sequences].double().mean(0).tolist()
         counted = begun[:-2]
         idle = sum(_between(a, b) for a, b in zip(counted[1::2], counted[2::2]))
@@ -152,21 +162,37 @@ def _between(first: Any, second: Any) -> float:
     return 1e3 * (second - first) if isinstance(first, float) else first.elapsed_time(second)
 
 
-def measure(arm: Arm, sequences: int, context: int, batches: int, rates: tuple[float, float]) -> dict[str, Any]:
+def room_for(place: str, context: int, arm: Arm) -> tuple[int, int | None]:
+    """Sequences of an arm, and pages if they are limited. `place`: a number, or a pool like `40GiB`, which holds so
+    many at `context` when tokens take recursions as the arm's depth budget says."""
+    if place.isdigit():
+        return int(place), None
+    recursions, shape = arm.model.config.num_recursions, PageLayout.of(arm.model.config, PAGE_ENTRIES).shape
+    shares = [1.0] * recursions
+    if arm.mean_depth is not None:
+        shares = budget_shares(arm.mean_depth, linear_capacities(recursions))
+    pages, num_pages = 0.0, pages_in(parse_pool(place)[0] * 2**30, arm)
+    for size, holds_all, written, share in zip(shape.tokens_per_page, shape.holds_all, shape.written, [*shares, 1.0]):
+        pages += written * (0.5 + (context * (1.0 if holds_all else share) + RESERVED) / size)
+    return int(0.98 * num_pages / pages), num_pages
+
+
+def measure(arm: Arm, place: str, context: int, batches: int, rates: tuple[float, float]) -> dict[str, Any]:
     """One point of one arm."""
-    point = Point(arm, sequences, context, batches)
+    sequences, num_pages = room_for(place, context, arm)
+    point = Point(arm, sequences, context, batches, num_pages)
     start = time.perf_counter()
     point.start()
     filled = time.perf_counter() - start
     seen = point.watch()
-    line = dict(arm=arm.name, sequences=sequences, context=context, seconds_to_fill=filled, **seen)
+    line = dict(arm=arm.name, place=place, sequences=sequences, context=context, seconds_to_fill=filled, **seen)
     return line | point.lower_bound(seen, *rates)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default="vanilla,mor-3")
-    parser.add_argument("--points", default="256x256", help="SEQUENCESxCONTEXT,...")
+    parser.add_argument("--points", default="256x256", help="SEQUENCESxCONTEXT or POOLxCONTEXT,...")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--mean-depth", type=float, help="asked of arms with a router; what is measured is lower")
     parser.add_argument("--json", type=Path, help="also write the last line here, after each point")
@@ -176,16 +202,15 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rates = copy_rate(device), matmul_rate(device)
     print(f"copy {rates[0] / 1e12:.2f} TB/s, matrix product {rates[1] / 1e12:.0f} TFLOP/s", flush=True)
-    points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
+    points = [(point.partition("x")[0], int(point.partition("x")[2])) for point in arguments.points.split(",")]
     settings: dict[str, Any] = dict(max_length=max(c for _, c in points) + 256, device=device, dtype=dtype)
     names, lines = arguments.arms.split(","), list[dict[str, Any]]()
     arms = {name: build_arm(name, arguments.dimensions, mean_depth=arguments.mean_depth, **settings) for name in names}
-    for sequences, context in points:
+    for point, context in points:
+        first: dict[str, Any] | None = None
         for name in names:
-            line = measure(arms[name], sequences, context, arguments.batches, rates)
-            first = next(
-                (other for other in lines if other["sequences"] == sequences and other["context"] == context), line
-            )
+            line = measure(arms[name], point, context, arguments.batches, rates)
+            first = first or line
             speed_up = line["tokens_per_second"] / first["tokens_per_second"]
             line["times_first"], line["share_of_ideal"] = (
                 speed_up,
@@ -193,7 +218,7 @@ def main() -> None:
             )
             lines.append(line)
             print(
-                f"{name:12} {sequences:5} x {context:5}: {line['tokens_per_second']:10,.0f} tokens/s"
+                f"{name:12} {line['sequences']:5} x {context:5}: {line['tokens_per_second']:10,.0f} tokens/s"
                 f"  visit {line['visit_ms']:7.3f} ms  idle {line['device_idle_ms']:.4f}  depth {line['mean_depth']:.2f}"
                 f"  bandwidth {line['bandwidth_share']:.3f}  of bound {line['share_of_bound']:.3f}"
                 f"  x{line['times_first']:.3f}  of ideal {line['share_of_ideal']:.3f}"

@@ -1,7 +1,8 @@
 """The models that are compared: dimensions and arms by name, with random weights and depths like a trained router's.
 
 An arm is `vanilla`, `vanilla-R` (as many layer applications as R recursions need), `recursive-R` or `mor-R`; the latter
-may add `-token` for token-choice, and both `-shared` or `-hybrid` for their keys and values.
+may add `-token` for token-choice, and both `-shared` or `-hybrid` for their keys and values, and `-lockstep` or
+`-depthwise` for how the engine batches them where it decodes in slots (by default as `EngineOptions.lockstep` says).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mor.recipes import paper_sizes
 Routing = Literal["calibrated", "random"]
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 128
-_NAME = re.compile(r"(vanilla|recursive|mor)(?:-(\d+))?(-token)?(?:-(shared|hybrid))?")
+_NAME = re.compile(r"(vanilla|recursive|mor)(?:-(\d+))?(-token)?(?:-(shared|hybrid))?(?:-(lockstep|depthwise))?")
 _SMALL: dict[str, dict[str, int]] = {
     "tiny": dict(
         vocab_size=256,
@@ -50,7 +51,7 @@ class Arm:
     """One model to measure.
 
     `mean_depth`: asked of the model with each request, None for its own. `routing`: in words, where its depths come
-    from.
+    from. `lockstep`: see `EngineOptions`.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Arm:
     tokenizer: Any
     mean_depth: float | None
     routing: str
+    lockstep: bool | None = None
 
 
 def dimensions(name: str) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def arm_config(
     name: str, size: str, *, mean_depth: float | None = None, routing: Routing = "calibrated", max_length: int = 2048
 ) -> MorConfig:
     """The configuration of the arm `name`. Raises ValueError for a name that does not follow the rules above."""
-    kind, number, token, cache = _parse(name)
+    kind, number, token, cache, _ = _parse(name)
     values: dict[str, Any] = {**dimensions(size), "max_position_embeddings": max_length}
     if number:
         values["num_hidden_layers"] = layers_for(values["num_hidden_layers"], int(number))
@@ -91,15 +93,15 @@ def arm_config(
     return MorConfig(**values, router="random", capacities=_capacities(mean_depth, recursions))
 
 
-def _parse(name: str) -> tuple[str, str | None, str | None, str | None]:
-    """Kind, number of recursions, whether it is token-choice, and KV policy, as they stand in the name."""
+def _parse(name: str) -> tuple[str, str | None, str | None, str | None, str | None]:
+    """Kind, number of recursions, whether it is token-choice, KV policy and batching, as they stand in the name."""
     match = _NAME.fullmatch(name)
     if match is not None:
-        kind, number, token, cache = match.groups()
-        is_vanilla = kind == "vanilla" and not (token or cache)
+        kind, number, token, cache, batching = match.groups()
+        is_vanilla = kind == "vanilla" and not (token or cache or batching)
         is_recursive = kind != "vanilla" and number is not None and int(number) >= 2
         if is_vanilla or (is_recursive and not (kind == "recursive" and token)):
-            return kind, number, token, cache
+            return kind, number, token, cache, batching
     raise ValueError(f"arm {name!r} is unknown; write vanilla, vanilla-3, recursive-3, mor-3, mor-3-token-shared")
 
 
@@ -143,7 +145,15 @@ def build_arm(
         asked = _mean_depth(mean_depth, config.num_recursions)
         words = "calibrated: the model's random router, thresholds at quantiles of its scores on random tokens"
         _calibrate(model, asked)
-    return Arm(name=name, model=model, tokenizer=word_tokenizer(config.vocab_size), mean_depth=asked, routing=words)
+    batching = _parse(name)[-1]
+    return Arm(
+        name=name,
+        model=model,
+        tokenizer=word_tokenizer(config.vocab_size),
+        mean_depth=asked,
+        routing=words,
+        lockstep=None if batching is None else batching == "lockstep",
+    )
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

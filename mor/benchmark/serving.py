@@ -60,6 +60,7 @@ def make_engine(arm: Arm, *, concurrency: int, num_pages: int) -> Engine:
         max_requests=concurrency,
         max_visit_tokens=max(512, concurrency) if on_cpu else None,
         prefix_caching=False,
+        lockstep=arm.lockstep,
     )
     return Engine(arm.model, arm.tokenizer, options)
 

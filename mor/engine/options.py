@@ -16,13 +16,16 @@ class EngineOptions:
             CPU 1 GiB.
         memory_share: see `kv_memory_gib`.
         max_requests: requests that run at a time; others wait.
-        max_visit_tokens: tokens that one planned visit applies the block to. None: 512 on a CPU, 4096 on CUDA, where
+        max_visit_tokens: tokens that one planned visit applies the block to. None: 512 on a CPU, 8192 on CUDA, where
             they are tokens of prompts.
         prefill_chunk: tokens of a prompt that enter together. None: 256 on a CPU, 1024 on CUDA.
         slots: whether requests decode by themselves in slots of the device, batches of `slot_visits` visits at a time,
             instead of one planned visit after the other. None: on CUDA, if the model can (a hybrid cache cannot).
         slot_visits: see `slots`. More hide more of the host's work; tokens then come in larger pieces. None: 8, or 16
             where more than 64 requests run.
+        lockstep: whether slots end their tokens together, every R visits, instead of each as soon as it is through. The
+            head and the unshared layers then run in one visit of R, but tokens of few recursions wait. None: if the
+            model has no router, so that every token takes all recursions.
         max_length: tokens of a prompt and its output together. None: the model's own limit.
         prefix_caching: keep the keys and values of prompts for requests that begin alike.
         seed: of the seeds that requests without one get.
@@ -37,6 +40,7 @@ class EngineOptions:
     prefill_chunk: int | None = None
     slots: bool | None = None
     slot_visits: int | None = None
+    lockstep: bool | None = None
     max_length: int | None = None
     prefix_caching: bool = True
     seed: int = 0

@@ -15,7 +15,21 @@ from torch import Tensor
 from mor.engine.kv_store import gather_entries
 from mor.engine.params import SamplingParams
 from mor.engine.sampler import SamplingRow, sample
+from mor.engine.slot_steps import SlotSteps
 from mor.model.attention import rotate
+
+__all__ = [
+    "FEW_ROWS",
+    "SlotSteps",
+    "add_norm",
+    "attend_new",
+    "attend_pages",
+    "attend_spans",
+    "draw_tokens",
+    "linear_small",
+    "rotate_and_store",
+    "swiglu",
+]
 
 attend_spans = None  # rows of prompts are gathered: see `paged_attention`
 FEW_ROWS = 0

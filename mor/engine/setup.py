@@ -49,7 +49,7 @@ def limits_of(options: EngineOptions, model: MorForCausalLM) -> Limits:
     on_cuda = model.device.type == "cuda"
     return Limits(
         max_requests=options.max_requests,
-        max_visit_tokens=options.max_visit_tokens or (4096 if on_cuda else 512),
+        max_visit_tokens=options.max_visit_tokens or (8192 if on_cuda else 512),
         prefill_chunk=options.prefill_chunk or (1024 if on_cuda else 256),
         max_length=options.max_length or most,
     )
@@ -78,6 +78,7 @@ def slots_of(
             visits=options.slot_visits or (8 if limits.max_requests <= 64 else 16),
             max_length=limits.max_length,
             layers=layers,
+            lockstep=options.lockstep,
         )
     except ValueError:
         if options.slots:

@@ -10,7 +10,7 @@ import heapq
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,8 +119,11 @@ class _TurnRate:
 class SlotRunner:
     """Slots and the requests in them. `run` queues a batch, `collect` gives the outcome of the oldest one."""
 
-    def __init__(self, program: SlotProgram, *, max_length: int, visits: int, turns_once: bool) -> None:
-        self.visits = visits
+    def __init__(
+        self, program: SlotProgram, *, max_length: int, visits: int, turns_once: bool, period: int = 1
+    ) -> None:
+        """`turns_once`: slots turn all at a time. `period`: in every so manieth visit."""
+        self.visits, self._period, self._phase = visits, period, 0
         self._program, self._state = program, program.state
         self._max_length, self._turns_once = max_length, turns_once
         self._free = list(range(self._state.num_slots))
@@ -152,12 +155,14 @@ class SlotRunner:
         edits = self._changes(decoding, grown, row_of)
         if not self._tenants:
             self._emptied += edits.emptied
+            self._phase = 0
             return 0
         shape = self._shape(num_new=len(edits.rows))
         self._state.edit(edits)
         self._state.begin_batch()
         for _ in range(self.visits):
-            self._graphs.visit(shape)
+            self._graphs.visit(shape if self._phase == 0 else replace(shape, turns=0))
+            self._phase = (self._phase + 1) % self._period
         reports, lengths, arrived = self._sent()
         batch = _Batch(
             tenants=list(self._tenants.values()), visits=self.visits, reports=reports, lengths=lengths, arrived=arrived
@@ -260,6 +265,7 @@ class SlotRunner:
         most = self._state.num_slots
         for slots in sorted({min(size, most) for size in sizes or SIZES}):
             turns = {slots} if self._turns_once else {slots, self._rate.places(slots)}
+            turns |= {0} if self._period > 1 else set()
             for longest in {self._bound(length) for length in lengths}:
                 self._graphs.prepare([VisitShape(slots=slots, turns=t, longest=longest) for t in sorted(turns)])
 

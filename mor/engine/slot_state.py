@@ -120,9 +120,9 @@ class Edits:
 class SlotState:
     """The rows of all slots, and one more: of no slot, where what concerns none is written.
 
-    `ints` (S+1, columns of `Int`), `floats` (S+1, columns of `Float`), `lengths` (S+1, Q) entries of each sequence,
-    `tables` (S+1, Q, X) pages. `stream` and `x` (S+1, D): the residual stream, and the input of the next recursion.
-    `reports` (K, 3, S+1): see `Report`; `visit` (1,): how many visits of the batch are done.
+    `ints` (S+1, columns of `Int`, each of which lies together), `floats` (S+1, columns of `Float`), `lengths` (S+1, Q)
+    entries of each sequence, `tables` (S+1, Q, X) pages. `stream` and `x` (S+1, D): the residual stream, and the input
+    of the next recursion. `reports` (K, 3, S+1): see `Report`; `visit` (1,): how many visits of the batch are done.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class SlotState:
         shape, device = layout.shape, like.device
         rows, width = num_slots + 1, -(-max_length // min(shape.tokens_per_page))
         self.num_slots, self.most_visits = num_slots, most_visits
-        self.ints = torch.zeros(rows, Int.STOPS + NUM_STOPS, dtype=torch.int64, device=device)
+        self.ints = torch.zeros(Int.STOPS + NUM_STOPS, rows, dtype=torch.int64, device=device).t()
         self.floats = torch.zeros(rows, Float.THRESHOLDS + shape.num_recursions, dtype=torch.float64, device=device)
         self.floats[:, Float.TOP_P] = 1
         self.lengths = torch.zeros(rows, shape.num_sequences, dtype=torch.int64, device=device)

@@ -58,6 +58,7 @@ class Slots(SlotRunner):
         visits: int,
         max_length: int,
         layers: Layers,
+        lockstep: bool | None = None,
     ) -> None:
         """Raises ValueError for a model that slots cannot run."""
         routing = routing_of(model, budgets)
@@ -67,8 +68,15 @@ class Slots(SlotRunner):
             layout, num_slots, max_length, hidden_size=model.config.hidden_size, most_visits=visits, like=like
         )
         program = SlotProgram(model, layout, store, state, routing, layers, max_length)
-        turns_once = plan.num_recursions == 1 or plan.is_sequence
-        super().__init__(program, max_length=max_length, visits=visits, turns_once=turns_once)
+        in_lockstep = model.config.router == "none" if lockstep is None else lockstep
+        period = 1 if plan.is_sequence else plan.num_recursions
+        super().__init__(
+            program,
+            max_length=max_length,
+            visits=visits,
+            turns_once=period == 1 or in_lockstep,
+            period=period if in_lockstep else 1,
+        )
         self._budgets, self._num_recursions = budgets, plan.num_recursions
         self._thresholds: dict[Budget, Sequence[float]] = {}
 

@@ -4,6 +4,7 @@ whatever else is in the slots and however the visits fall into batches."""
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -98,6 +99,22 @@ def test_slots_that_find_no_place_to_turn_wait_for_one(monkeypatch: pytest.Monke
     monkeypatch.setattr(engine.slots, "_shape", few)
     jobs = [Job(name=f"{n}", prompt=random_tokens(draw, 3), params=greedy(6)) for n in range(7)]
     check_against_forward(model, play(engine, jobs).values())
+
+
+@pytest.mark.parametrize("router", ["none", "expert_choice", "token_choice"])
+def test_slots_may_go_in_step(monkeypatch: pytest.MonkeyPatch, router: str) -> None:
+    """All turn together, every R visits; one that came between waits. By default if all take every recursion."""
+    model, draw = tiny_model(router=router, sharing="middle_cycle"), random.Random(5)
+    engine, used = slots_of(model, lockstep=True), list[int]()
+    assert engine.slots is not None
+    visit = engine.slots._program.visit
+    monkeypatch.setattr(engine.slots._program, "visit", lambda shape: (used.append(shape.turns), visit(shape)))
+    jobs = [Job(name=f"{n}", prompt=random_tokens(draw, 3), params=greedy(6), at=2 * n) for n in range(5)]
+    check_against_forward(model, play(engine, jobs).values())
+    turned = [number for number, turns in enumerate(used) if turns]
+    assert {later - first for first, later in pairwise(turned)} <= {3} and len(turned) < len(used) / 2
+    assert slots_of(model).slots._period == (3 if router == "none" else 1)  # type: ignore[union-attr]
+    assert slots_of(model, lockstep=False).slots._period == 1  # type: ignore[union-attr]
 
 
 def test_a_request_samples_the_same_in_a_slot_and_out_of_one() -> None:

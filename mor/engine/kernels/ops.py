@@ -12,10 +12,12 @@ from mor.engine.kernels.draw import draw_tokens
 from mor.engine.kernels.fused import add_norm, rotate_and_store, swiglu
 from mor.engine.kernels.paged_decode import attend_pages
 from mor.engine.kernels.paged_prefill import attend_spans
+from mor.engine.kernels.slot_steps import SlotSteps
 from mor.engine.kernels.some_rows import linear_some
 
 __all__ = [
     "FEW_ROWS",
+    "SlotSteps",
     "add_norm",
     "attend_new",
     "attend_pages",

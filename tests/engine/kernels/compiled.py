@@ -17,12 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mor.engine.kernels import append_decode, draw, few_rows, fused, paged_decode, paged_prefill
+from mor.engine.kernels import append_decode, draw, few_rows, fused, paged_decode, paged_prefill, slot_steps
 
 HEADS = dict(HEADS=15, GROUP=3, SIZE=64, ENTRIES=16)
 LINEAR = dict(N=1, PAD_N=1, BLOCK_C=256, BLOCK_F=4, bias_M=None)
 DECODE = dict(TILE_ENTRIES=paged_decode.TILE, SPLIT_ENTRIES=paged_decode.SPLIT, BLOCK_H=16)
 DRAW = dict(SIZE=49152, BLOCK_B=draw.BLOCK)
+COLUMNS = dict(NUM_INTS=21, NUM_FLOATS=7, BLOCK_I=32, HIDDEN=960, BLOCK_D=1024)
+PLACES = dict(WIDTH=132, ENTRIES=80, SIZE=64, BLOCK_E=64)
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "attend_split": (
         paged_decode._attend_split,
@@ -59,6 +61,22 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         dict(SIZE=49152, BLOCK_B=2 * draw.BLOCK, PAD_S=32, LIMITED=True, SHIFT=16),
         dict(num_warps=draw._LIMITED_WARPS),
     ),
+    "turn": (slot_steps._turn, COLUMNS | PLACES | dict(ALL=False, BLOCK_F=8, BLOCK_N=512, RECURSIONS=3), {}),
+    "advance": (slot_steps._advance, PLACES | dict(NUM_INTS=21, RECURSIONS=3), dict(num_warps=1)),
+    "enter": (
+        slot_steps._enter,
+        COLUMNS | PLACES | dict(RUNS_ALL=False, IS_SHARED=False, TAKEN=1, SEQUENCES=4),
+        {},
+    ),
+    "enter_nobody": (
+        slot_steps._enter,
+        COLUMNS
+        | PLACES
+        | dict(RUNS_ALL=True, IS_SHARED=True, TAKEN=3, SEQUENCES=4)
+        | dict.fromkeys(("place_N", "ints_CI", "x_CD", "taken_C", "gate_C", "target_C")),
+        {},
+    ),
+    "settle": (slot_steps._settle, dict(TAKEN=1, NUM_FLOATS=7, HIDDEN=960, BLOCK_D=1024), {}),
     "linear_normed_gated": (few_rows._linear_small, LINEAR | dict(PARTS=2, ADDS=False, K=960, SIZE=2560), {}),
     "linear_adding": (
         few_rows._linear_small,
@@ -78,12 +96,40 @@ INTEGERS = {
     "seed_N",
     "index_N",
     "mass_NS",
+    "ints_IS",
+    "ints_CI",
+    "slot_C",
+    "token_C",
+    "target_C",
+    "visit_1",
+    "lengths_SQ",
+    "page_C",
+    "entry_C",
+    "table_C",
+    "last_C",
+    "page_AN",
+    "entry_AN",
+    "table_AN",
+    "last_AN",
+}
+OTHERS = {
+    "floats_SF": "*fp64",
+    "floats_CF": "*fp64",
+    "gate_C": "*fp32",
+    "gate_N": "*fp64",
+    "logprob_C": "*fp32",
+    "taken_C": "*i1",
+    "taken_N": "*i1",
+    "tables_SQX": "*i32",
+    "reports_K3S": "*i32",
 }
 SINGLES = {"part_NSHE", "lse_NSH", "temperature_N", "top_p_N", "min_p_N", "logprob_N", "peak_NS", "total_NS"}
 
 
 def type_of(name: str) -> str:
     """An argument's type, from its name: tensors end in their dimensions."""
+    if name in OTHERS:
+        return OTHERS[name]
     if not re.search(r"_[A-Z0-9]+$", name):
         return "fp32" if name in ("scale", "eps") else "i32"
     if name in INTEGERS or name == "token_N":

@@ -13,7 +13,7 @@ from tests.engine.kernels.interpreter import repair
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is imported, so set before any test is
 
-MODULES = ("append_decode", "draw", "few_rows", "fused", "paged_decode", "paged_prefill", "some_rows")
+MODULES = ("append_decode", "draw", "few_rows", "fused", "paged_decode", "paged_prefill", "slot_steps", "some_rows")
 
 
 @pytest.fixture(autouse=True)
