@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mor.engine.kernels import append_decode, draw, few_rows, fused, paged_decode, paged_prefill, slot_steps
+from mor.engine.kernels import append_decode, draw, few_rows, fused, paged_decode, paged_prefill, slot_kernels
 
 HEADS = dict(HEADS=15, GROUP=3, SIZE=64, ENTRIES=16)
 LINEAR = dict(N=1, PAD_N=1, BLOCK_C=256, BLOCK_F=4, bias_M=None)
@@ -61,22 +61,22 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         dict(SIZE=49152, BLOCK_B=2 * draw.BLOCK, PAD_S=32, LIMITED=True, SHIFT=16),
         dict(num_warps=draw._LIMITED_WARPS),
     ),
-    "turn": (slot_steps._turn, COLUMNS | PLACES | dict(ALL=False, BLOCK_F=8, BLOCK_N=512, RECURSIONS=3), {}),
-    "advance": (slot_steps._advance, PLACES | dict(NUM_INTS=21, RECURSIONS=3), dict(num_warps=1)),
+    "turn": (slot_kernels.turn_kernel, COLUMNS | PLACES | dict(ALL=False, BLOCK_F=8, BLOCK_N=512, RECURSIONS=3), {}),
+    "advance": (slot_kernels.advance_kernel, PLACES | dict(NUM_INTS=21, RECURSIONS=3), dict(num_warps=1)),
     "enter": (
-        slot_steps._enter,
+        slot_kernels.enter_kernel,
         COLUMNS | PLACES | dict(RUNS_ALL=False, IS_SHARED=False, TAKEN=1, SEQUENCES=4),
         {},
     ),
     "enter_nobody": (
-        slot_steps._enter,
+        slot_kernels.enter_kernel,
         COLUMNS
         | PLACES
         | dict(RUNS_ALL=True, IS_SHARED=True, TAKEN=3, SEQUENCES=4)
         | dict.fromkeys(("place_N", "ints_CI", "x_CD", "taken_C", "gate_C", "target_C")),
         {},
     ),
-    "settle": (slot_steps._settle, dict(TAKEN=1, NUM_FLOATS=7, HIDDEN=960, BLOCK_D=1024), {}),
+    "settle": (slot_kernels.settle_kernel, dict(TAKEN=1, NUM_FLOATS=7, HIDDEN=960, BLOCK_D=1024), {}),
     "linear_normed_gated": (few_rows._linear_small, LINEAR | dict(PARTS=2, ADDS=False, K=960, SIZE=2560), {}),
     "linear_adding": (
         few_rows._linear_small,
