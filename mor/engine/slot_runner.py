@@ -120,10 +120,18 @@ class SlotRunner:
     """Slots and the requests in them. `run` queues a batch, `collect` gives the outcome of the oldest one."""
 
     def __init__(
-        self, program: SlotProgram, *, max_length: int, visits: int, turns_once: bool, period: int = 1
+        self,
+        program: SlotProgram,
+        *,
+        max_length: int,
+        visits: int,
+        turns_once: bool,
+        period: int = 1,
+        most_per_token: int = 1,
     ) -> None:
-        """`turns_once`: slots turn all at a time. `period`: in every so manieth visit."""
-        self.visits, self._period, self._phase = visits, period, 0
+        """`turns_once`: slots turn all at a time. `period`: in every so manieth visit. `most_per_token`: visits that a
+        token may take."""
+        self.visits, self._period, self._phase, self._most_per_token = visits, period, 0, most_per_token
         self._program, self._state = program, program.state
         self._max_length, self._turns_once = max_length, turns_once
         self._free = list(range(self._state.num_slots))
@@ -157,18 +165,28 @@ class SlotRunner:
             self._emptied += edits.emptied
             self._phase = 0
             return 0
-        shape = self._shape(num_new=len(edits.rows))
+        shape, visits = self._shape(num_new=len(edits.rows)), min(self.visits, self._most_useful())
         self._state.edit(edits)
+        if visits <= 0:
+            return 0
         self._state.begin_batch()
-        for _ in range(self.visits):
+        for _ in range(visits):
             self._graphs.visit(shape if self._phase == 0 else replace(shape, turns=0))
             self._phase = (self._phase + 1) % self._period
-        reports, lengths, arrived = self._sent()
+        reports, lengths, arrived = self._sent(visits)
         batch = _Batch(
-            tenants=list(self._tenants.values()), visits=self.visits, reports=reports, lengths=lengths, arrived=arrived
+            tenants=list(self._tenants.values()), visits=visits, reports=reports, lengths=lengths, arrived=arrived
         )
         self._flight.append(batch)
-        return self.visits
+        return visits
+
+    def _most_useful(self) -> int:
+        """Visits after those in flight until the last of the requests must have ended."""
+        most = 0
+        for tenant in self._tenants.values():
+            made = len(tenant.request.output) - tenant.row.made
+            most = max(most, tenant.row.left - made + (made == 0))  # the first visit of a new one has nothing to sample
+        return most * self._most_per_token - sum(batch.visits for batch in self._flight)
 
     def collect(self) -> list[Progress]:
         """Wait for the oldest batch. Requests that have gone since it was queued are left out."""
@@ -269,12 +287,12 @@ class SlotRunner:
             for longest in {self._bound(length) for length in lengths}:
                 self._graphs.prepare([VisitShape(slots=slots, turns=t, longest=longest) for t in sorted(turns)])
 
-    def _sent(self) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
+    def _sent(self, visits: int) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
         """Reports and lengths on their way to the host."""
         if self._state.device.type != "cuda":
             return self._state.reports.clone(), self._state.lengths.clone(), None
         sent = []
-        for tensor in (self._state.reports[: self.visits], self._state.lengths):
+        for tensor in (self._state.reports[:visits], self._state.lengths):
             sent.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
             sent[-1].copy_(tensor, non_blocking=True)
         arrived = torch.cuda.Event()

@@ -76,6 +76,7 @@ class Slots(SlotRunner):
             visits=visits,
             turns_once=period == 1 or in_lockstep,
             period=period if in_lockstep else 1,
+            most_per_token=period,
         )
         self._budgets, self._num_recursions = budgets, plan.num_recursions
         self._thresholds: dict[Budget, Sequence[float]] = {}

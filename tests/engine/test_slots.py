@@ -101,6 +101,19 @@ def test_slots_that_find_no_place_to_turn_wait_for_one(monkeypatch: pytest.Monke
     check_against_forward(model, play(engine, jobs).values())
 
 
+@pytest.mark.parametrize("num_recursions", [1, 3])
+def test_no_visit_comes_after_the_last_that_can_matter(monkeypatch: pytest.MonkeyPatch, num_recursions: int) -> None:
+    """Of known lengths: a first visit to enter, and for each token as many as it takes, whatever a batch holds."""
+    model = tiny_model(router="none", num_recursions=num_recursions, sharing="middle_cycle")
+    engine, used = slots_of(model, slot_visits=8), list[int]()
+    assert engine.slots is not None
+    visit = engine.slots._program.visit
+    monkeypatch.setattr(engine.slots._program, "visit", lambda shape: (used.append(shape.turns), visit(shape)))
+    outputs = engine.generate([[1, 2, 3], [4]], [greedy(11), greedy(20)], progress=False)
+    assert [len(output.token_ids) for output in outputs] == [11, 20]
+    assert len(used) <= num_recursions * (20 + 1)
+
+
 @pytest.mark.parametrize("router", ["none", "expert_choice", "token_choice"])
 def test_slots_may_go_in_step(monkeypatch: pytest.MonkeyPatch, router: str) -> None:
     """All turn together, every R visits; one that came between waits. By default if all take every recursion."""
