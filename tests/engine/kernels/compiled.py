@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from mor.engine.kernels import (
     append_decode,
     draw,
+    draw_limits,
     few_rows,
     fused,
     paged_decode,
@@ -32,7 +33,7 @@ EARLY = dict(launch_pdl=True)
 LINEAR = dict(N=1, PAD_N=1, BLOCK_C=256, BLOCK_F=4, bias_M=None, EARLY=2, MOST=3072, W=4)
 SOME = dict(EARLY=2, FETCHES=True, PAD_N=16, BLOCK_F=16, SLICES=8, BLOCK_C=64, bias_M=None)
 DECODE = dict(TILE_ENTRIES=paged_decode.TILE, SPLIT_ENTRIES=paged_decode.SPLIT, BLOCK_H=16, EARLY=2, LINE=64)
-DRAW = dict(SIZE=49152, BLOCK_B=draw.BLOCK)
+DRAW = dict(SIZE=49152, BLOCK_B=draw.BLOCK, EARLY=True)
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "attend_split": (
         paged_decode._attend_split,
@@ -61,14 +62,20 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         dict(enable_fp_fusion=False),
     ),
     "swiglu": (fused._swiglu, dict(SIZE=2560, BLOCK_F=1024, EARLY=True), EARLY),
-    "survey_blocks": (draw._survey_blocks, DRAW, {}),
-    "weigh_blocks": (draw._weigh_blocks, DRAW | dict(PAD_S=32), {}),
-    "choose_plain": (draw._choose_tokens, DRAW | dict(PAD_S=32, LIMITED=False, SHIFT=16), {}),
-    "choose_limited": (
-        draw._choose_tokens,
-        dict(SIZE=49152, BLOCK_B=2 * draw.BLOCK, PAD_S=32, LIMITED=True, SHIFT=16),
-        dict(num_warps=draw._LIMITED_WARPS),
+    "survey_blocks": (draw._survey_blocks, DRAW, EARLY),
+    "survey_depths": (draw_limits.survey_depths, DRAW | dict(PAD_S=32, ROUND=1, T=draw_limits.DEPTHS), EARLY),
+    "gather_near_cut": (
+        draw_limits.gather_near_cut,
+        DRAW | dict(PAD_S=32, ROUNDS=2, T=draw_limits.DEPTHS, C=draw_limits.ROOM),
+        EARLY,
     ),
+    "find_cut": (
+        draw_limits.find_cut,
+        DRAW | dict(PAD_S=32, SHIFT=16, C=draw_limits.ROOM),
+        EARLY | dict(num_warps=draw._CUT_WARPS),
+    ),
+    "weigh_blocks": (draw._weigh_blocks, DRAW | dict(PAD_S=32), EARLY),
+    "choose_tokens": (draw._choose_tokens, DRAW | dict(PAD_S=32), EARLY),
     "linear_normed_gated": (few_rows._linear_small, LINEAR | dict(PARTS=2, ADDS=False, K=960, SIZE=2560), EARLY),
     "linear_adding": (
         few_rows._linear_small,
