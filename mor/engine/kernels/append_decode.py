@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mor.engine import plain_ops
 from mor.engine.kernels.launch import check_heads, check_projection, check_rows, kernel, runs_kernel
-from mor.engine.kernels.paged_decode import NUM_WARPS, SPLIT, TILE, attend_entries, run_splits
+from mor.engine.kernels.paged_decode import NUM_WARPS, SPLIT, TILE, attend_entries, fetch_entries, run_splits
 
 
 @kernel
@@ -56,20 +57,29 @@ def _attend_new(
     TILE_ENTRIES: tl.constexpr,
     SPLIT_ENTRIES: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
+    LINE: tl.constexpr,
 ):
     """`attend_entries` with queries still to be rotated. The program of a row's last split first writes the new entry:
     it alone reads it, so a barrier among its own threads is all that must stand between."""
     group, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if EARLY:
+        gdc_launch_dependents()
+    if EARLY == 2:
+        seen, strides = (key_XPGE, value_XPGE, table_TX, row_N, last_N), (page_stride, entry_stride, table_stride)
+        fetch_entries(*seen, *strides, SIZE, ENTRIES, SPLIT_ENTRIES, LINE)
+    if EARLY:
+        gdc_wait()
     length = tl.load(last_N + row).to(tl.int32) + 1
     if (split * SPLIT_ENTRIES >= length) & (split > 0):
         return
     size_1E = tl.arange(0, SIZE)[None, :]
     qkv_C = qkv_NC + row * row_stride
     cos_1E, sin_1E = tl.load(cos_NE + row * SIZE + size_1E), tl.load(sin_NE + row * SIZE + size_1E)
+    entry = tl.load(page_N + row).to(tl.int64) * page_stride + tl.load(place_N + row).to(tl.int64) * entry_stride
     from_11 = (HEADS + group + tl.arange(0, 1)[:, None]) * SIZE
     key_1E = _rotated(qkv_C, cos_1E, sin_1E, from_11, from_11 >= 0, SIZE)
     value_1E = tl.load(qkv_C + from_11 + HEADS // GROUP * SIZE + size_1E)
-    entry = tl.load(page_N + row).to(tl.int64) * page_stride + tl.load(place_N + row).to(tl.int64) * entry_stride
     in_group_H1 = tl.arange(0, BLOCK_H)[:, None]
     query_HE = _rotated(qkv_C, cos_1E, sin_1E, (group * GROUP + in_group_H1) * SIZE, in_group_H1 < GROUP, SIZE)
     if (split + 1) * SPLIT_ENTRIES >= length:  # read by all, so that no read waits for another
@@ -119,6 +129,7 @@ def attend_new(
     tile: int = TILE,
     num_warps: int = NUM_WARPS,
     num_stages: int | None = None,
+    early: bool | None = None,
 ) -> Tensor:
     """`rotate_and_store` and then `attend_pages` in one kernel, bit for bit: see there.
 
@@ -131,5 +142,5 @@ def attend_new(
     check_projection(qkv_NC, cos_NE, sin_NE, heads, key_XPGE.shape[2])
     check_heads(qkv_NC[:, : heads * cos_NE.shape[1]].unflatten(1, (heads, -1)), key_XPGE, value_XPGE)
     check_rows(qkv_NC, page_N=page_N, place_N=place_N, row_N=row_N, last_N=last_N)
-    tuning = split, tile, num_warps, num_stages
+    tuning = split, tile, num_warps, num_stages, early
     return run_splits(_attend_new, rows, qkv_NC.stride(0), seen, longest, heads, *tuning)

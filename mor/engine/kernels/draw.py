@@ -2,13 +2,15 @@
 
 Each row's vocabulary is cut into blocks, and each block has a program of its own: one kernel finds the blocks' largest
 logits, one sums the weights that these decide, and one finds the block in which the draw ends, and the token in it. As
-in the sampler, what decides is exact: sums of integer weights. Of rows with top-k or top-p a single program goes over
-the vocabulary, as often as they ask, in a last kernel. A kernel leaves rows that are not its own at once.
+in the sampler, what decides is exact: sums of integer weights. Where top-k and top-p cut a row is found between the
+first two (`draw_limits`).
 
 Legend: N rows, V vocabulary, S blocks of a row, B tokens of a block.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -16,15 +18,23 @@ import triton.language as tl
 from torch import Tensor
 
 from mor.engine import plain_ops
-from mor.engine.kernels.draw_filters import draw_limited, read, scale, weight
-from mor.engine.kernels.launch import kernel, runs_kernel
+from mor.engine.kernels.draw_filters import read, scale, weight
+from mor.engine.kernels.draw_limits import (
+    DEPTHS,
+    ROOM,
+    find_cut,
+    gather_near_cut,
+    row_of_blocks,
+    start_early,
+    survey_depths,
+)
+from mor.engine.kernels.launch import kernel, runs_kernel, starts_early
 
 BLOCK = 2048
 """Tokens of a block. A program of 4 warps has 16 of them a thread, and a row of 49,152 has 24 programs."""
 
 NUM_WARPS = 4
-_LIMITED_WARPS = 16  # of the one program that filters a row, in blocks of twice the size
-_STRIDES = ["t_stride", "k_stride", "p_stride", "m_stride", "s_stride", "i_stride"]
+_CUT_WARPS = 16  # of the one program that finds a row's cut
 
 
 @kernel
@@ -43,31 +53,29 @@ def _uniform(seed, index):
 
 
 @kernel(do_not_specialize=["num_blocks"])
-def _survey_blocks(logits_NV, peak_NS, total_NS, row_stride, num_blocks, SIZE: tl.constexpr, BLOCK_B: tl.constexpr):
+def _survey_blocks(
+    logits_NV,
+    peak_NS,
+    total_NS,
+    found_N,
+    row_stride,
+    num_blocks,
+    EARLY: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
     """A block's largest logit, infinity if it holds NaN, and the sum of the exponentials relative to it."""
+    start_early(EARLY)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     _, _, x_B = read(logits_NV + row * row_stride, block * BLOCK_B, SIZE, BLOCK_B)
     x_B = tl.where(x_B == x_B, x_B, float("inf"))
     peak = tl.max(x_B, 0)
     base = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)  # no infinity less itself
     place = row * num_blocks + block
+    if block == 0:
+        tl.store(found_N + row, 0)
     tl.store(peak_NS + place, peak)
     tl.store(total_NS + place, tl.sum(tl.exp(tl.minimum(x_B - base, 0.0)), 0))
-
-
-@kernel
-def _row_of_blocks(peak_NS, row, num_blocks, PAD_S: tl.constexpr):
-    """Where a row's blocks stand, which there are, their peaks, the largest, and whether a token can be chosen."""
-    block_S = tl.arange(0, PAD_S)
-    place_S, is_in_S = row * num_blocks + block_S, block_S < num_blocks
-    peak_S = tl.load(peak_NS + place_S, mask=is_in_S, other=float("-inf"))
-    largest = tl.max(peak_S, 0)
-    return place_S, is_in_S, peak_S, largest, tl.abs(largest) < float("inf")
-
-
-@kernel
-def _is_limited(top_k, top_p, SIZE: tl.constexpr):
-    return ((top_k > 0) & (top_k < SIZE)) | (top_p < 1)
 
 
 @kernel
@@ -77,61 +85,83 @@ def _lightest(min_p):
 
 
 @kernel
-def _weights(logits_V, first, largest, temperature, lightest, SIZE: tl.constexpr, BLOCK_B: tl.constexpr):
-    """Weights of a block of a row without top-k and top-p."""
-    _, _, x_B = read(logits_V, first, SIZE, BLOCK_B)
-    weight_B = weight(scale(x_B, largest, temperature))
-    return tl.where(weight_B >= lightest, weight_B, 0)
+def _weights(logits_V, first, largest, temperature, least, lightest, SIZE: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Weights of a block's tokens above the cut; which others lie above or just at it."""
+    _, is_in_B, x_B = read(logits_V, first, SIZE, BLOCK_B)
+    scaled_B = scale(x_B, largest, temperature)
+    weight_B = weight(scaled_B)
+    is_above_B = scaled_B > least
+    weight_B = tl.where(is_above_B & (weight_B >= lightest), weight_B, 0)
+    return weight_B, is_above_B, is_in_B & (scaled_B == least)
 
 
-@kernel(do_not_specialize=[*_STRIDES[:4], "num_blocks"])
+@kernel(do_not_specialize=["t_stride", "m_stride", "num_rows", "num_blocks"])
 def _weigh_blocks(
     logits_NV,
     temperature_N,
-    top_k_N,
-    top_p_N,
     min_p_N,
     peak_NS,
+    least_N,
     mass_NS,
+    counts_2NS,
     row_stride,
     t_stride,
-    k_stride,
-    p_stride,
     m_stride,
+    num_rows,
     num_blocks,
+    EARLY: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     PAD_S: tl.constexpr,
 ):
-    """What a block's tokens weigh, of rows that draw without top-k and top-p."""
+    """What a block's tokens above the cut weigh, and how many there are above it and just at it."""
+    start_early(EARLY)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     temperature = tl.load(temperature_N + row * t_stride).to(tl.float64)
-    is_limited = _is_limited(tl.load(top_k_N + row * k_stride), tl.load(top_p_N + row * p_stride), SIZE)
-    _, _, _, largest, is_sound = _row_of_blocks(peak_NS, row, num_blocks, PAD_S)
-    if (temperature > 0) & is_sound & (is_limited == 0):
-        lightest = _lightest(tl.load(min_p_N + row * m_stride))
-        logits_V = logits_NV + row * row_stride
-        weight_B = _weights(logits_V, block * BLOCK_B, largest, temperature, lightest, SIZE, BLOCK_B)
-        tl.store(mass_NS + row * num_blocks + block, tl.sum(weight_B, 0))
+    _, _, _, largest, is_sound = row_of_blocks(peak_NS, row, num_blocks, PAD_S)
+    if (temperature > 0) & is_sound:
+        lightest, least = _lightest(tl.load(min_p_N + row * m_stride)), tl.load(least_N + row)
+        weight_B, is_above_B, is_equal_B = _weights(
+            logits_NV + row * row_stride, block * BLOCK_B, largest, temperature, least, lightest, SIZE, BLOCK_B
+        )
+        place = row * num_blocks + block
+        tl.store(mass_NS + place, tl.sum(weight_B, 0))
+        if least > float("-inf"):
+            tl.store(counts_2NS + place, tl.sum(is_above_B.to(tl.int32), 0))
+            equal_NS = counts_2NS + num_rows.to(tl.int64) * num_blocks
+            tl.store(equal_NS + place, tl.sum(is_equal_B.to(tl.int32), 0))
 
 
 @kernel
 def _found(
     logits_V,
     mass_S,
+    equal_S,
+    room,
     largest,
     temperature,
+    least,
     lightest,
     uniform,
     SIZE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     PAD_S: tl.constexpr,
 ):
-    """The first token at which the running sum of the weights is more than `uniform` of their total."""
+    """The first token at which the running sum of the weights is more than `uniform` of their total. Of the tokens just
+    at the cut the first `room` are kept."""
+    each = weight(least)
+    each = tl.where(each >= lightest, each, 0)
+    kept_S = tl.minimum(tl.maximum(room - (tl.cumsum(equal_S, 0) - equal_S), 0), equal_S)
+    mass_S += kept_S.to(tl.int64) * each
     target = (uniform * tl.sum(mass_S, 0).to(tl.float64)).to(tl.int64)
+    block_S = tl.arange(0, PAD_S)
     block = tl.sum((tl.cumsum(mass_S, 0) <= target).to(tl.int32), 0)
-    target -= tl.sum(tl.where(tl.arange(0, PAD_S) < block, mass_S, 0), 0)
-    weight_B = _weights(logits_V, block * BLOCK_B, largest, temperature, lightest, SIZE, BLOCK_B)
+    target -= tl.sum(tl.where(block_S < block, mass_S, 0), 0)
+    kept = tl.sum(tl.where(block_S == block, kept_S, 0), 0)
+    weight_B, _, is_equal_B = _weights(logits_V, block * BLOCK_B, largest, temperature, least, lightest, SIZE, BLOCK_B)
+    if kept > 0:
+        is_kept_B = is_equal_B & (tl.cumsum(is_equal_B.to(tl.int32), 0) <= kept)
+        weight_B = tl.where(is_kept_B, each, weight_B)
     return block * BLOCK_B + tl.sum((tl.cumsum(weight_B, 0) <= target).to(tl.int32), 0)
 
 
@@ -150,55 +180,51 @@ def _logprob(logits_V, token, place_S, is_in_S, peak_S, total_NS, largest):
     return tl.load(logits_V + token).to(tl.float32) - largest - tl.log(tl.sum(total_S, 0))
 
 
-@kernel(do_not_specialize=[*_STRIDES, "num_blocks"])
+@kernel(do_not_specialize=["t_stride", "m_stride", "s_stride", "i_stride", "num_rows", "num_blocks"])
 def _choose_tokens(
     logits_NV,
     temperature_N,
-    top_k_N,
-    top_p_N,
     min_p_N,
     seed_N,
     index_N,
     peak_NS,
     total_NS,
+    least_N,
+    kept_N,
     mass_NS,
+    counts_2NS,
     token_N,
     logprob_N,
     row_stride,
     t_stride,
-    k_stride,
-    p_stride,
     m_stride,
     s_stride,
     i_stride,
+    num_rows,
     num_blocks,
-    LIMITED: tl.constexpr,
+    EARLY: tl.constexpr,
     SIZE: tl.constexpr,
-    SHIFT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     PAD_S: tl.constexpr,
 ):
-    """A row's token and its log-probability: of rows that draw with top-k or top-p if `LIMITED`, else of others."""
+    """A row's token and its log-probability."""
+    start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     logits_V = logits_NV + row * row_stride
     temperature = tl.load(temperature_N + row * t_stride).to(tl.float64)
-    top_k, top_p = tl.load(top_k_N + row * k_stride), tl.load(top_p_N + row * p_stride).to(tl.float64)
-    place_S, is_in_S, peak_S, largest, is_sound = _row_of_blocks(peak_NS, row, num_blocks, PAD_S)
-    is_limited = _is_limited(top_k, top_p, SIZE) & (temperature > 0) & is_sound
-    if is_limited != LIMITED:
-        return
+    place_S, is_in_S, peak_S, largest, is_sound = row_of_blocks(peak_NS, row, num_blocks, PAD_S)
     token, logprob = tl.full([], -1, tl.int32), tl.full([], float("nan"), tl.float32)
     if is_sound:
         if temperature > 0:
             uniform = _uniform(tl.load(seed_N + row * s_stride), tl.load(index_N + row * i_stride))
-            lightest = _lightest(tl.load(min_p_N + row * m_stride))
-            if LIMITED:
-                token = draw_limited(
-                    logits_V, largest, temperature, top_k, top_p, lightest, uniform, SIZE, SHIFT, BLOCK_B
-                )
-            else:
-                mass_S = tl.load(mass_NS + place_S, mask=is_in_S, other=0)
-                token = _found(logits_V, mass_S, largest, temperature, lightest, uniform, SIZE, BLOCK_B, PAD_S)
+            lightest, least = _lightest(tl.load(min_p_N + row * m_stride)), tl.load(least_N + row)
+            is_cut_S = tl.arange(0, PAD_S) < tl.where(least > float("-inf"), num_blocks, 0)
+            equal_NS = counts_2NS + num_rows.to(tl.int64) * num_blocks
+            equal_S = tl.load(equal_NS + place_S, mask=is_cut_S, other=0)
+            room = tl.load(kept_N + row) - tl.sum(tl.load(counts_2NS + place_S, mask=is_cut_S, other=0), 0)
+            mass_S = tl.load(mass_NS + place_S, mask=is_in_S, other=0)
+            drawn = largest, temperature, least, lightest, uniform
+            token = _found(logits_V, mass_S, equal_S, room, *drawn, SIZE, BLOCK_B, PAD_S)
         else:
             token = _first(logits_V, peak_S, largest, SIZE, BLOCK_B, PAD_S)
         logprob = _logprob(logits_V, token, place_S, is_in_S, peak_S, total_NS, largest)
@@ -216,12 +242,14 @@ def draw_tokens(
     index_N: Tensor,
     *,
     block: int = BLOCK,
+    room: int = ROOM,
 ) -> tuple[Tensor, Tensor]:
     """The next token (N,) int64 of each row and its log-probability (N,) float32, as `mor.engine.sampler.sample` has
     them for `SamplingParams` of these numbers.
 
     Log-probabilities are of the logits as they came. Token -1 and NaN where the logits hold NaN or infinity or leave no
-    token to choose. The six tensors may have any stride, and integers and floats of any width. Raises ValueError for
+    token to choose. The six tensors may have any stride, and integers and floats of any width. `block` and `room`,
+    powers of two, are for tuning. Raises ValueError for
     what the kernel cannot read.
     """
     rows = (temperature_N, top_k_N, top_p_N, min_p_N, seed_N, index_N)
@@ -236,36 +264,66 @@ def draw_tokens(
     token_N = torch.empty(len(logits_NV), dtype=torch.int64, device=logits_NV.device)
     logprob_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
     if len(logits_NV):
-        _launch(logits_NV, rows, token_N, logprob_N, block)
+        _launch(logits_NV, rows, token_N, logprob_N, block, room)
     return token_N, logprob_N
 
 
-def _launch(logits_NV: Tensor, rows: tuple[Tensor, ...], token_N: Tensor, logprob_N: Tensor, block: int) -> None:
-    num_rows, size = logits_NV.shape
-    fits = max(16, 1 << (size - 1).bit_length())
-    block, limited_block = min(block, fits), min(2 * block, fits)
+def _launch(
+    logits_NV: Tensor, rows: tuple[Tensor, ...], token_N: Tensor, logprob_N: Tensor, block: int, room: int
+) -> None:
+    (num_rows, size), early = logits_NV.shape, starts_early(logits_NV)
+    block = min(block, max(16, 1 << (size - 1).bit_length()))
     num_blocks = -(-size // block)
     grid = num_rows, num_blocks
-    peak_NS, total_NS, mass_NS = (
-        torch.empty(grid, dtype=dtype, device=logits_NV.device) for dtype in (torch.float32, torch.float32, torch.int64)
-    )
-    strides = logits_NV.stride(0), *(each.stride(0) for each in rows)
-    _survey_blocks[grid](
-        *(logits_NV, peak_NS, total_NS, strides[0], num_blocks), SIZE=size, BLOCK_B=block, num_warps=NUM_WARPS
-    )
-    shape = dict(SIZE=size, PAD_S=triton.next_power_of_2(num_blocks))
-    _weigh_blocks[grid](
-        *(logits_NV, *rows[:4], peak_NS, mass_NS, *strides[:5], num_blocks),
-        **shape,
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits_NV.device)
+
+    temperature, top_k, top_p, min_p, seed, index = ((each, each.stride(0)) for each in rows)
+    peak_NS, total_NS = empty(torch.float32, 2, *grid)
+    found_N, kept_N = empty(torch.int32, 2, num_rows)
+    mass_NS, least_N = empty(torch.int64, *grid), empty(torch.float64, num_rows)
+    counts_2NS = empty(torch.int32, 2, *grid)
+    shape: dict[str, Any] = dict(
+        EARLY=early,
+        SIZE=size,
         BLOCK_B=block,
+        PAD_S=triton.next_power_of_2(num_blocks),
         num_warps=NUM_WARPS,
+        launch_pdl=early,
     )
-    for is_limited, taken, warps in ((False, block, NUM_WARPS), (True, limited_block, _LIMITED_WARPS)):
-        _choose_tokens[(num_rows,)](
-            *(logits_NV, *rows, peak_NS, total_NS, mass_NS, token_N, logprob_N, *strides, num_blocks),
-            **shape,
-            LIMITED=is_limited,
-            SHIFT=16 if logits_NV.dtype == torch.bfloat16 else 0,
-            BLOCK_B=taken,
-            num_warps=warps,
+    survey = dict(EARLY=early, SIZE=size, BLOCK_B=block, num_warps=NUM_WARPS, launch_pdl=early)
+    stride = logits_NV.stride(0)
+    _survey_blocks[grid](logits_NV, peak_NS, total_NS, found_N, stride, num_blocks, **survey)
+    limits, strides = (temperature[0], top_k[0], top_p[0], peak_NS), (stride, temperature[1], top_k[1], top_p[1])
+    count_RNST, mass_RNST = empty(torch.int32, 2, *grid, DEPTHS), empty(torch.float32, 2, *grid, DEPTHS)
+    for number in range(2):
+        survey_depths[grid](
+            *(logits_NV, *limits, count_RNST, mass_RNST, *strides, *grid), **shape, ROUND=number, T=DEPTHS
         )
+    sums_2NS, near_NC = empty(torch.int64, 2, *grid), empty(torch.float32, num_rows, room)
+    gathered = counts_2NS[0], sums_2NS, found_N, near_NC
+    gather_near_cut[grid](
+        *(logits_NV, *limits, count_RNST, mass_RNST, *gathered, *strides, *grid),
+        **shape,
+        ROUNDS=2,
+        T=DEPTHS,
+        C=room,
+    )
+    find_cut[(num_rows,)](
+        *(logits_NV, *limits, *gathered, least_N, kept_N, *strides, *grid),
+        **shape | dict(num_warps=_CUT_WARPS),
+        SHIFT=16 if logits_NV.dtype == torch.bfloat16 else 0,
+        C=room,
+    )
+    _weigh_blocks[grid](
+        *(logits_NV, temperature[0], min_p[0], peak_NS, least_N, mass_NS, counts_2NS),
+        *(stride, temperature[1], min_p[1], *grid),
+        **shape,
+    )
+    _choose_tokens[(num_rows,)](
+        *(logits_NV, temperature[0], min_p[0], seed[0], index[0]),
+        *(peak_NS, total_NS, least_N, kept_N, mass_NS, counts_2NS, token_N, logprob_N),
+        *(stride, temperature[1], min_p[1], seed[1], index[1], *grid),
+        **shape,
+    )

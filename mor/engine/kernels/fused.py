@@ -11,18 +11,30 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mor.engine import plain_ops
-from mor.engine.kernels.launch import check_pages, check_projection, check_rows, kernel, runs_kernel
+from mor.engine.kernels.launch import (
+    check_pages,
+    check_projection,
+    check_rows,
+    kernel,
+    runs_kernel,
+    starts_early,
+)
 
 _SWIGLU_BLOCK = 1024
 
 
 @kernel
-def _add_norm(x_ND, delta_ND, weight_D, h_ND, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _add_norm(x_ND, delta_ND, weight_D, h_ND, eps, D: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     place_D = tl.arange(0, BLOCK_D)
     is_in = place_D < D
+    weight_D = tl.load(weight_D + place_D, mask=is_in, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     x_D = tl.load(x_ND + row * D + place_D, mask=is_in, other=0.0)
     dtype = x_D.dtype
     x_D = x_D.to(tl.float32)
@@ -32,7 +44,6 @@ def _add_norm(x_ND, delta_ND, weight_D, h_ND, eps, D: tl.constexpr, BLOCK_D: tl.
         tl.store(x_ND + row * D + place_D, x_D, mask=is_in)
         x_D = x_D.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x_D * x_D, 0) / D + eps)
-    weight_D = tl.load(weight_D + place_D, mask=is_in, other=0.0).to(tl.float32)
     tl.store(h_ND + row * D + place_D, (x_D * scale * weight_D).to(dtype), mask=is_in)
 
 
@@ -52,7 +63,8 @@ def add_norm(x_ND: Tensor, delta_ND: Tensor | None, weight_D: Tensor, eps: float
     if len(x_ND):
         block = triton.next_power_of_2(size)
         warps = min(16, max(1, block // 256))
-        _add_norm[(len(x_ND),)](x_ND, delta_ND, weight_D, h_ND, eps, D=size, BLOCK_D=block, num_warps=warps)
+        rows, early = (x_ND, delta_ND, weight_D, h_ND), starts_early(x_ND)
+        _add_norm[(len(x_ND),)](*rows, eps, D=size, BLOCK_D=block, EARLY=early, num_warps=warps, launch_pdl=early)
     return x_ND, h_ND
 
 
@@ -157,10 +169,13 @@ def rotate_and_store(
 
 
 @kernel
-def _swiglu(both_N2F, out_NF, row_stride, SIZE: tl.constexpr, BLOCK_F: tl.constexpr):
+def _swiglu(both_N2F, out_NF, row_stride, SIZE: tl.constexpr, BLOCK_F: tl.constexpr, EARLY: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     place_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_in = place_F < SIZE
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     gate_F = tl.load(both_N2F + row * row_stride + place_F, mask=is_in, other=0.0)
     up_F = tl.load(both_N2F + row * row_stride + SIZE + place_F, mask=is_in, other=0.0)
     wide_F = gate_F.to(tl.float32)
@@ -183,5 +198,7 @@ def swiglu(both_N2F: Tensor) -> Tensor:
     if num_rows:
         block = min(_SWIGLU_BLOCK, triton.next_power_of_2(size))
         grid = (-(-size // block), num_rows)
-        _swiglu[grid](both_N2F, out_NF, both_N2F.stride(0), SIZE=size, BLOCK_F=block, num_warps=4)
+        early = starts_early(both_N2F)
+        shape = dict(SIZE=size, BLOCK_F=block, EARLY=early, launch_pdl=early)
+        _swiglu[grid](both_N2F, out_NF, both_N2F.stride(0), **shape, num_warps=4)
     return out_NF

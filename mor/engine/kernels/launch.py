@@ -7,8 +7,10 @@ head size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -19,6 +21,28 @@ kernel: Callable[..., Any] = triton.jit
 def runs_kernel(tensor: Tensor) -> bool:
     """Whether a kernel can read the tensor; its twin can in any case."""
     return tensor.is_cuda
+
+
+def starts_early(tensor: Tensor) -> bool:
+    """Whether a kernel on the tensor's device can start before the one ahead of it ends (programmatic dependent
+    launch, from compute capability 9.0).
+
+    Until its `gdc_wait`, such a kernel uses nothing but weights, which no kernel writes; and attention reads tables to
+    have entries fetched to a cache, which were written before the product ahead of it: see `early_step`. It waits in
+    every program, so that when it ends all kernels before it have.
+    """
+    return tensor.is_cuda and _starts_early(tensor.device)
+
+
+def early_step(tensor: Tensor, *, is_first: bool) -> int:
+    """How a product starts: 0, when the kernel ahead has ended; 1, before, but the kernel behind it after its wait, as
+    the first of a layer does; 2, both before."""
+    return (1 if is_first else 2) if starts_early(tensor) else 0
+
+
+@cache
+def _starts_early(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def check_heads(query_RHE: Tensor, key_XPGE: Tensor, value_XPGE: Tensor) -> None:

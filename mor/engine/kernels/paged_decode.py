@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mor.engine import plain_ops
-from mor.engine.kernels.launch import check_heads, check_rows, kernel, runs_kernel
+from mor.engine.kernels.launch import check_heads, check_rows, kernel, runs_kernel, starts_early
 
 SPLIT = 512
 """Entries of a split. Rounding depends on it, so all calls whose results are to be equal use the same."""
@@ -38,6 +39,46 @@ nearly to itself. Changes no rounding."""
 FEW_PROGRAMS = 264
 _JOINED = 8  # splits that the second kernel reads at a time
 _LOG2E = 1.4426950408889634
+
+
+@kernel
+def fetch_entries(
+    key_XPGE,
+    value_XPGE,
+    table_TX,
+    row_N,
+    last_N,
+    page_stride,
+    entry_stride,
+    table_stride,
+    SIZE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    SPLIT_ENTRIES: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Starts moving a split's keys and values to the L2 cache; nobody waits for them here. What is read to find them
+    may still be about to change, so it is used for nothing else."""
+    group, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    last = tl.maximum(tl.load(last_N + row).to(tl.int32), 0)
+    pages = table_TX + tl.load(row_N + row).to(tl.int64) * table_stride
+    entry_L = tl.minimum(split * SPLIT_ENTRIES + tl.arange(0, SPLIT_ENTRIES), last)
+    page_L = tl.load(pages + entry_L // ENTRIES).to(tl.int64)
+    place_L = page_L * page_stride + (entry_L % ENTRIES) * entry_stride + group * SIZE
+    for first in tl.static_range(0, SIZE, LINE):  # pyright: ignore
+        _fetch(key_XPGE + place_L + first)
+        _fetch(value_XPGE + place_L + first)
+
+
+@kernel
+def _fetch(where_L):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [where_L.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @kernel
@@ -126,9 +167,14 @@ def _attend_split(
     TILE_ENTRIES: tl.constexpr,
     SPLIT_ENTRIES: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
+    LINE: tl.constexpr,
 ):
     """`attend_entries` with queries as they are given."""
     group, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     length = tl.load(last_N + row).to(tl.int32) + 1
     if (split * SPLIT_ENTRIES >= length) & (split > 0):
         return
@@ -171,9 +217,13 @@ def _join_splits(
     SIZE: tl.constexpr,
     SPLIT_ENTRIES: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One head of one row. Splits are added in blocks of a fixed number, so that `num_splits` changes no rounding."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     last = tl.load(last_N + row).to(tl.int32)
     if last < SPLIT_ENTRIES:
         return
@@ -209,6 +259,7 @@ def attend_pages(
     tile: int = TILE,
     num_warps: int = NUM_WARPS,
     num_stages: int | None = None,
+    early: bool | None = None,
 ) -> Tensor:
     """The heads' outputs (N, H, E) of rows that see entries 0..`last_N` of the pages `table_TX[row_N]`.
 
@@ -221,7 +272,7 @@ def attend_pages(
         return plain_ops.attend_pages(query_NHE, key_XPGE, value_XPGE, table_TX, row_N, last_N, longest)
     check_heads(query_NHE, key_XPGE, value_XPGE)
     check_rows(query_NHE, row_N=row_N, last_N=last_N)
-    seen, tuning = (key_XPGE, value_XPGE, table_TX, row_N, last_N), (split, tile, num_warps, num_stages)
+    seen, tuning = (key_XPGE, value_XPGE, table_TX, row_N, last_N), (split, tile, num_warps, num_stages, early)
     return run_splits(_attend_split, (query_NHE,), query_NHE.stride(0), seen, longest, query_NHE.shape[1], *tuning)
 
 
@@ -236,6 +287,7 @@ def run_splits(
     tile: int,
     num_warps: int,
     num_stages: int | None,
+    early: bool | None,
 ) -> Tensor:
     """The heads' outputs (N, H, E) by a kernel over splits of rows that begin `row_stride` apart, its splits joined.
 
@@ -257,6 +309,7 @@ def run_splits(
     shared = dict(HEADS=heads, SIZE=size, SPLIT_ENTRIES=split)
     strides = row_stride, *key_XPGE.stride()[:2], table_TX.stride(0)
     is_few = num_rows * groups * num_splits <= FEW_PROGRAMS
+    early = starts_early(last_N) if early is None else early
     attend[(groups, num_splits, num_rows)](
         *(*rows, *seen, out_NHE, part_NSHE, lse_NSH, _LOG2E / size**0.5, *strides, num_splits),
         **shared,
@@ -264,11 +317,15 @@ def run_splits(
         ENTRIES=entries,
         TILE_ENTRIES=tile,
         BLOCK_H=max(16, triton.next_power_of_2(heads // groups)),
+        EARLY=early * (1 + is_few),
+        LINE=128 // key_XPGE.element_size(),
+        launch_pdl=early,
         num_warps=num_warps,
         num_stages=num_stages or (FEW_STAGES if is_few else NUM_STAGES),
         enable_fp_fusion=False,  # a fused multiply-add rounds once where rotating must round twice
     )
     if num_splits > 1:
         join = _join_splits[(heads, num_rows)]
-        join(part_NSHE, lse_NSH, last_N, out_NHE, num_splits, **shared, BLOCK_K=_JOINED, num_warps=1)
+        parts = part_NSHE, lse_NSH, last_N, out_NHE, num_splits
+        join(*parts, **shared, BLOCK_K=_JOINED, EARLY=early, num_warps=1, launch_pdl=early)
     return out_NHE

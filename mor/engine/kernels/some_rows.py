@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mor.engine import plain_ops
-from mor.engine.kernels.launch import kernel, runs_kernel
+from mor.engine.kernels.launch import early_step, kernel, runs_kernel
 from mor.engine.kernels.linear import check_linear
 
 MAX_ROWS = 64
@@ -25,7 +25,6 @@ MAX_ROWS = 64
 
 BLOCK = 16
 NUM_WARPS = 8
-EARLY = False
 
 _LINE_BYTES = 128  # what a warp reads of a row at a time, and what a cache holds of it
 _SHARED_BYTES = 216 * 1024  # what a multiprocessor has for parts of x and of the weight that are on their way
@@ -126,12 +125,14 @@ def _linear_some(
     offset_R = tl.arange(0, PARTS * BLOCK_F)
     feature_R = tl.program_id(0) * BLOCK_F + offset_R // PARTS
     row_R, is_row_R = feature_R + offset_R % PARTS * SIZE, feature_R < SIZE
-    if EARLY:
+    if EARLY == 2:
         gdc_launch_dependents()
     if FETCHES:
         _fetch(weight_MK, tl.where(is_row_R, row_R, 0), K, BLOCK_C, PAD_L)
     if EARLY:
         gdc_wait()
+    if EARLY == 1:
+        gdc_launch_dependents()
     row_N = tl.arange(0, PAD_N)
     is_row_N = row_N < num_rows
     dtype = out_NF.dtype.element_ty
@@ -169,13 +170,13 @@ def linear_some(
     block: int = BLOCK,
     num_warps: int = NUM_WARPS,
     num_stages: int | None = None,
-    early: bool = EARLY,
+    early: int | None = None,
 ) -> Tensor:
     """`few_rows.linear_small` for at most `MAX_ROWS` rows: the same arguments, result, roundings and errors.
 
     A row's result depends on that row alone, and on whether 16, 32 or 64 rows hold all. `block` features a program,
-    `num_warps` (a power of two), chunks on their way (`num_stages` - 1, by default as many as fit) and `early` are for
-    tuning. `early` lets a program start, and fetch its weight, before the kernel ahead of it ends; it reads after.
+    `num_warps` (a power of two), chunks on their way (`num_stages` - 1, by default as many as fit) and `early` (see
+    `launch.early_step`) are for tuning.
     """
     if not runs_kernel(x_NK):
         return plain_ops.linear_small(
@@ -185,6 +186,7 @@ def linear_some(
     (num_rows, width), parts = x_NK.shape, 2 if gated else 1
     size = len(weight_MK) // parts
     out_NF = torch.empty(num_rows, size, device=x_NK.device, dtype=x_NK.dtype) if onto_NM is None else onto_NM
+    early = early_step(x_NK, is_first=norm_K is not None and not gated) if early is None else early
     if num_rows:
         pad_rows, programs = max(16, 1 << (num_rows - 1).bit_length()), -(-size // block)
         line, row_bytes = _LINE_BYTES // x_NK.element_size(), width * x_NK.element_size()
@@ -199,7 +201,7 @@ def linear_some(
             num_rows,
             PARTS=parts,
             ADDS=onto_NM is not None,
-            EARLY=early and fetches,
+            EARLY=early,
             FETCHES=fetches,
             PAD_N=pad_rows,
             K=width,
@@ -210,7 +212,7 @@ def linear_some(
             PAD_L=triton.next_power_of_2(-(-width // line)),
             NUM_STAGES=num_stages or _stages(row_bytes, pad_rows + parts * block, programs, num_warps * _LINE_BYTES),
             num_warps=num_warps,
-            launch_pdl=early and fetches,
+            launch_pdl=early > 0,
         )
     return out_NF
 

@@ -17,50 +17,68 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mor.engine.kernels import append_decode, draw, few_rows, fused, paged_decode, paged_prefill, slot_kernels
+from mor.engine.kernels import (
+    append_decode,
+    draw,
+    draw_limits,
+    few_rows,
+    fused,
+    paged_decode,
+    paged_prefill,
+    slot_kernels,
+    some_rows,
+)
 
 HEADS = dict(HEADS=15, GROUP=3, SIZE=64, ENTRIES=16)
-LINEAR = dict(N=1, PAD_N=1, BLOCK_C=256, BLOCK_F=4, bias_M=None)
-DECODE = dict(TILE_ENTRIES=paged_decode.TILE, SPLIT_ENTRIES=paged_decode.SPLIT, BLOCK_H=16)
-DRAW = dict(SIZE=49152, BLOCK_B=draw.BLOCK)
+EARLY = dict(launch_pdl=True)
+LINEAR = dict(N=1, PAD_N=1, BLOCK_C=256, BLOCK_F=4, bias_M=None, EARLY=2, MOST=3072, W=4)
+SOME = dict(EARLY=2, FETCHES=True, PAD_N=16, BLOCK_F=16, SLICES=8, BLOCK_C=64, bias_M=None)
+DECODE = dict(TILE_ENTRIES=paged_decode.TILE, SPLIT_ENTRIES=paged_decode.SPLIT, BLOCK_H=16, EARLY=2, LINE=64)
+DRAW = dict(SIZE=49152, BLOCK_B=draw.BLOCK, EARLY=True)
 COLUMNS = dict(NUM_INTS=21, NUM_FLOATS=7, BLOCK_I=32, HIDDEN=960, BLOCK_D=1024)
 PLACES = dict(WIDTH=132, ENTRIES=80, SIZE=64, BLOCK_E=64)
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "attend_split": (
         paged_decode._attend_split,
         HEADS | DECODE,
-        dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.NUM_STAGES, enable_fp_fusion=False),
+        dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.NUM_STAGES, enable_fp_fusion=False) | EARLY,
     ),
     "attend_new": (
         append_decode._attend_new,
         HEADS | DECODE,
-        dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.FEW_STAGES, enable_fp_fusion=False),
+        dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.FEW_STAGES, enable_fp_fusion=False) | EARLY,
     ),
     "join_splits": (
         paged_decode._join_splits,
-        dict(HEADS=15, SIZE=64, SPLIT_ENTRIES=paged_decode.SPLIT, BLOCK_K=8),
-        dict(num_warps=1),
+        dict(HEADS=15, SIZE=64, SPLIT_ENTRIES=paged_decode.SPLIT, BLOCK_K=8, EARLY=True),
+        EARLY | dict(num_warps=1),
     ),
     "attend_tile": (
         paged_prefill._attend_tile,
         HEADS | dict(BLOCK_R=128, BLOCK_L=paged_prefill.BLOCK_ENTRIES),
         dict(num_warps=paged_prefill.NUM_WARPS, num_stages=paged_prefill.NUM_STAGES),
     ),
-    "add_norm": (fused._add_norm, dict(D=960, BLOCK_D=1024), {}),
+    "add_norm": (fused._add_norm, dict(D=960, BLOCK_D=1024, EARLY=True), EARLY),
     "rotate_and_store": (
         fused._rotate_and_store,
         dict(HEADS=15, GROUPS=5, HALF=32, BLOCK_J=32),
         dict(enable_fp_fusion=False),
     ),
-    "swiglu": (fused._swiglu, dict(SIZE=2560, BLOCK_F=1024), {}),
-    "survey_blocks": (draw._survey_blocks, DRAW, {}),
-    "weigh_blocks": (draw._weigh_blocks, DRAW | dict(PAD_S=32), {}),
-    "choose_plain": (draw._choose_tokens, DRAW | dict(PAD_S=32, LIMITED=False, SHIFT=16), {}),
-    "choose_limited": (
-        draw._choose_tokens,
-        dict(SIZE=49152, BLOCK_B=2 * draw.BLOCK, PAD_S=32, LIMITED=True, SHIFT=16),
-        dict(num_warps=draw._LIMITED_WARPS),
+    "swiglu": (fused._swiglu, dict(SIZE=2560, BLOCK_F=1024, EARLY=True), EARLY),
+    "survey_blocks": (draw._survey_blocks, DRAW, EARLY),
+    "survey_depths": (draw_limits.survey_depths, DRAW | dict(PAD_S=32, ROUND=1, T=draw_limits.DEPTHS), EARLY),
+    "gather_near_cut": (
+        draw_limits.gather_near_cut,
+        DRAW | dict(PAD_S=32, ROUNDS=2, T=draw_limits.DEPTHS, C=draw_limits.ROOM),
+        EARLY,
     ),
+    "find_cut": (
+        draw_limits.find_cut,
+        DRAW | dict(PAD_S=32, SHIFT=16, C=draw_limits.ROOM),
+        EARLY | dict(num_warps=draw._CUT_WARPS),
+    ),
+    "weigh_blocks": (draw._weigh_blocks, DRAW | dict(PAD_S=32), EARLY),
+    "choose_tokens": (draw._choose_tokens, DRAW | dict(PAD_S=32), EARLY),
     "turn": (slot_kernels.turn_kernel, COLUMNS | PLACES | dict(ALL=False, BLOCK_F=8, BLOCK_N=512, RECURSIONS=3), {}),
     "advance": (slot_kernels.advance_kernel, PLACES | dict(NUM_INTS=21, RECURSIONS=3), dict(num_warps=1)),
     "enter": (
@@ -77,64 +95,35 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "settle": (slot_kernels.settle_kernel, dict(TAKEN=1, NUM_FLOATS=7, HIDDEN=960, BLOCK_D=1024), {}),
-    "linear_normed_gated": (few_rows._linear_small, LINEAR | dict(PARTS=2, ADDS=False, K=960, SIZE=2560), {}),
+    "linear_normed_gated": (few_rows._linear_small, LINEAR | dict(PARTS=2, ADDS=False, K=960, SIZE=2560), EARLY),
     "linear_adding": (
         few_rows._linear_small,
         LINEAR | dict(PARTS=1, ADDS=True, K=2560, SIZE=960, norm_K=None),
-        {},
+        EARLY,
+    ),
+    "some_normed_gated": (
+        some_rows._linear_some,
+        SOME | dict(PARTS=2, ADDS=False, K=960, SIZE=2560, PAD_L=16, NUM_STAGES=3),
+        EARLY | dict(num_warps=8),
     ),
 }
-INTEGERS = {
-    "table_TX",
-    "row_N",
-    "last_N",
-    "tile_W3",
-    "last_M",
-    "page_N",
-    "place_N",
-    "top_k_N",
-    "seed_N",
-    "index_N",
-    "mass_NS",
-    "ints_IS",
-    "ints_CI",
-    "slot_C",
-    "token_C",
-    "target_C",
-    "visit_1",
-    "lengths_SQ",
-    "page_C",
-    "entry_C",
-    "table_C",
-    "last_C",
-    "page_AN",
-    "entry_AN",
-    "table_AN",
-    "last_AN",
-}
-OTHERS = {
-    "floats_SF": "*fp64",
-    "floats_CF": "*fp64",
-    "gate_C": "*fp32",
-    "gate_N": "*fp64",
-    "logprob_C": "*fp32",
-    "taken_C": "*i1",
-    "taken_N": "*i1",
-    "tables_SQX": "*i32",
-    "reports_K3S": "*i32",
-}
-SINGLES = {"part_NSHE", "lse_NSH", "temperature_N", "top_p_N", "min_p_N", "logprob_N", "peak_NS", "total_NS"}
+INTEGERS = """
+    table_TX row_N last_N tile_W3 last_M page_N place_N top_k_N top_k_NF seed_N index_N mass_NS sums_2NS token_N
+    ints_IS ints_CI slot_C token_C target_C visit_1 lengths_SQ page_C entry_C table_C last_C page_AN entry_AN table_AN
+    last_AN
+""".split()
+SHORT_INTEGERS = "found_N kept_N above_NS counts_2NS count_RNST tables_SQX reports_K3S".split()
+SINGLES = "part_NSHE lse_NSH logprob_N peak_NS total_NS mass_RNST near_NC gate_C logprob_C".split()
+DOUBLES = "temperature_N temperature_NF top_p_NF min_p_N least_N floats_SF floats_CF gate_N".split()
+BITS = "taken_C taken_N".split()
 
 
 def type_of(name: str) -> str:
     """An argument's type, from its name: tensors end in their dimensions."""
-    if name in OTHERS:
-        return OTHERS[name]
     if not re.search(r"_[A-Z0-9]+$", name):
         return "fp32" if name in ("scale", "eps") else "i32"
-    if name in INTEGERS or name == "token_N":
-        return "*i64"
-    return "*fp32" if name in SINGLES else "*bf16"
+    kinds = {"*i64": INTEGERS, "*i32": SHORT_INTEGERS, "*fp32": SINGLES, "*fp64": DOUBLES, "*i1": BITS}
+    return next((kind for kind, names in kinds.items() if name in names), "*bf16")
 
 
 def compiled(kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> dict[str, int]:

@@ -34,14 +34,14 @@ FILTERS = {
 
 
 def draw(
-    logits_NV: Tensor, params: list[SamplingParams], seeds: list[int], indices: list[int], block: int = 256
+    logits_NV: Tensor, params: list[SamplingParams], seeds: list[int], indices: list[int], **options: int
 ) -> tuple[Tensor, Tensor]:
     """By the kernel, with the rows' numbers as columns of wider tables, as slots hold them."""
     device = logits_NV.device
     floats = torch.tensor([[p.temperature, p.top_p, p.min_p] for p in params], dtype=torch.float64, device=device)
     ints = torch.tensor([[p.top_k, s, i] for p, s, i in zip(params, seeds, indices)], device=device)
     columns = floats[:, 0], ints[:, 0], floats[:, 1], floats[:, 2], ints[:, 1], ints[:, 2]
-    token_N, logprob_N = draw_tokens(logits_NV, *columns, block=block)
+    token_N, logprob_N = draw_tokens(logits_NV, *columns, **(dict(block=256) | options))
     plain = [each.to(device) for each in plain_ops.draw_tokens(logits_NV, *columns)]
     assert torch.equal(plain[0], token_N)
     torch.testing.assert_close(plain[1], logprob_N, equal_nan=True, rtol=1e-6, atol=1e-5)
@@ -79,6 +79,15 @@ def test_many_tokens_are_drawn(filters: dict[str, float], block: int, device: to
     params = SamplingParams(temperature=2.0, logprobs=0, **filters)  # type: ignore[arg-type]
     token_N, _ = draw(logits_NV, [params] * 12, list(range(12)), [5] * 12, block=block)
     assert len(set(token_N.tolist())) > 4
+
+
+@pytest.mark.parametrize("room", [16, 1024])
+@pytest.mark.parametrize("filters", [dict(top_p=0.8), dict(top_k=40), dict(top_k=60, top_p=0.7)], ids=str)
+def test_a_cut_is_found_among_many_tokens(filters: dict[str, float], room: int, device: torch.device) -> None:
+    """Of which some are equal, and whether or not there is room for those near it."""
+    logits_NV = (torch.randn(3, 1200, device=device) * torch.tensor([[3.0], [1.0], [0.01]], device=device)).bfloat16()
+    params = SamplingParams(temperature=0.8, logprobs=0, **filters)  # type: ignore[arg-type]
+    draw(logits_NV, [params] * 3, [1, 2, 3], [0] * 3, block=512, room=room)
 
 
 def test_min_p_keeps_what_weighs_just_enough(device: torch.device) -> None:
