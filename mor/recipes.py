@@ -246,7 +246,7 @@ def _demo_model(kind: Kind, vocab_size: int) -> dict[str, Any]:
 
 PROSE_LENGTH = 512
 PROSE_ROWS = 32
-PROSE_STEPS: dict[str, int] = {"base": 3088, "prose": 2930}
+PROSE_STEPS: dict[str, int] = {"base": 3088, "prose": 2790}
 
 
 def prose_run(stage: Literal["base", "prose"]) -> RunOptions:
