@@ -244,6 +244,49 @@ def _demo_model(kind: Kind, vocab_size: int) -> dict[str, Any]:
     return model
 
 
+PROSE_LENGTH = 512
+PROSE_ROWS = 32
+PROSE_STEPS: dict[str, int] = {"base": 3088, "prose": 2790}
+
+
+def prose_run(stage: Literal["base", "prose"]) -> RunOptions:
+    """A stage of a small model that writes prose: 7.7M parameters, 2 + 12 layer applications of width 288, three
+    recursions.
+
+    `base` reads its whole corpus once, at a learning rate that never falls; `prose` goes on from it and reads the prose
+    in it three times.
+    """
+    steps, is_last = PROSE_STEPS[stage], stage == "prose"
+    return RunOptions(
+        output=f"runs/8m-{stage}",
+        initial_model="runs/8m-base/final" if is_last else None,
+        model={
+            "hidden_size": 288,
+            "intermediate_size": 768,
+            "num_hidden_layers": 14,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": PROSE_LENGTH,
+            "num_recursions": 3,
+            "sharing": "middle_cycle",
+            "router": "expert_choice",
+        },
+        optimizer=OptimizerOptions(learning_rate=3e-3),
+        schedule=ScheduleOptions(kind="trapezoid", decay_steps=round(0.5 * steps) if is_last else 0),
+        training=TrainingOptions(
+            steps=steps,
+            micro_batch_size=PROSE_ROWS,
+            sequence_length=PROSE_LENGTH,
+            log_interval=25,
+            evaluation_interval=500,
+            evaluation_tokens=131072,
+            calibration_tokens=131072,
+            checkpoint_interval=0,
+            keep_checkpoints=1,
+        ),
+    )
+
+
 def _paper_recipes() -> dict[str, Recipe]:
     recipes: dict[str, Recipe] = {}
     for size, recursions in (("135m", (3,)), ("360m", (2, 3, 4)), ("730m", (3,)), ("1.7b", (2, 3))):
@@ -262,6 +305,8 @@ RECIPES: dict[str, Recipe] = {
     "demo": partial(demo_run, "mor"),
     "demo-vanilla": partial(demo_run, "vanilla"),
     "demo-recursive": partial(demo_run, "recursive"),
+    "8m-base": partial(prose_run, "base"),
+    "8m-prose": partial(prose_run, "prose"),
     **_paper_recipes(),
 }
 

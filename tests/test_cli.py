@@ -395,6 +395,16 @@ def test_calibrate_elsewhere(text: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "already exists" in fails(capsys, "calibrate", folder, "--data", text, "--out", tmp_path / "n")
 
 
+def test_calibrate_for_rounded_weights(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_model(tmp_path / "m")
+    works(capsys, "calibrate", folder, "--data", text, "--dtype", "bfloat16", "--out", tmp_path / "n")
+    half = MorForCausalLM.from_pretrained(tmp_path / "n", dtype="auto")
+    assert half.dtype == torch.bfloat16
+    assert half.model.recursion.router.calibration_thresholds.dtype == torch.float32
+    sizes = [(place / "model.safetensors").stat().st_size for place in (tmp_path / "n", folder)]
+    assert sizes[0] < 0.7 * sizes[1]
+
+
 def test_calibrate_needs_a_router(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = make_model(tmp_path / "m", router="none")
     assert "no budget to calibrate" in fails(capsys, "calibrate", plain, "--data", text)

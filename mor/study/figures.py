@@ -56,7 +56,7 @@ def _dial(study: Study, results: Sequence[Result], budget: str) -> str | None:
     for number, arm in enumerate(study.arms):
         places: dict[float | None, list[Point]] = {}
         for result in _of(results, arm, budget):
-            for e in result["evaluations"]:
+            for e in (own(result), *result["dial"]):
                 places.setdefault(e["requested"], []).append((e["mean_depth"], e["nll"]))
         if len(places) > 1:
             points = sorted(_middle(group) for group in places.values())

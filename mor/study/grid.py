@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mor.config import to_dict
 from mor.model.configuration_mor import MorConfig
 from mor.model.cost import complete_flops, steps_for_budget
 from mor.train.options import DataOptions, OptimizerOptions, RunOptions, TrainingOptions
+from mor.train.run_folder import MAY_CHANGE, flat_options
 
 Model = dict[str, Any]
 UNPLACED = "studies"
@@ -30,6 +34,27 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What finished models are measured on and at.
+
+    `tokens`: held-out tokens. `dial_tokens`: about how many of them for quality at other budgets and by number of
+    recursions. `dial_step`: those budgets lie at these distances from 1 to R, and 0.05 from both ends. `beyond`:
+    recursions more than were trained, for models without a router.
+    """
+
+    tokens: int = 262144
+    dial_tokens: int = 131072
+    dial_step: float = 0.25
+    beyond: int = 3
+
+    def mean_depths(self, num_recursions: int) -> list[float]:
+        """The budgets between 1 and R."""
+        steps = round((num_recursions - 1) / self.dial_step)
+        even = [1 + i * self.dial_step for i in range(steps + 1)]
+        return sorted({*even, 1.05, num_recursions - 0.05} if num_recursions > 1 else {1.0})
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudyRun:
     """One cell of the grid. `options.output` and `options.data.path` are set when it runs."""
 
@@ -37,28 +62,46 @@ class StudyRun:
     budget: str
     seed: int
     options: RunOptions
+    measurement: Measurement = Measurement()
 
     @property
     def name(self) -> str:
-        """The folder of the run in the study's."""
+        """The cell in words."""
         return f"{self.arm}--{self.budget}--seed-{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """The folder of the run: kind, size, steps, seed, and a hash of all that decides the result. Cells of one key,
+        of one study or of several, are one run, trained once."""
+        model, training = self.options.model, self.options.training
+        options = {k: v for k, v in flat_options(to_dict(self.options)).items() if k not in MAY_CHANGE}
+        text = json.dumps([options, dataclasses.asdict(self.measurement)], sort_keys=True)
+        router, recursions = model.get("router", "none"), model.get("num_recursions", 1)
+        kind = "vanilla" if recursions == 1 else f"{'recursive' if router == 'none' else router}-{recursions}"
+        shape = f"{model.get('hidden_size')}x{model.get('num_hidden_layers')}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{kind}-{shape}-{training.steps}-seed-{training.seed}-{digest}".replace("_", "-")
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens."""
+        return self.options.training.steps * self.options.training.tokens_per_step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """A question and the runs that answer it.
 
-    `baseline`: the arm that others are compared with, seed by seed. `mean_depths`: budgets at which finished models
-    with a router are also evaluated. `evaluation_tokens`: held-out tokens for that. Raises ValueError for a baseline
-    that is no arm, and for two runs of one name.
+    `baseline`: the arm that others are compared with, seed by seed. `is_headline`: its second seed comes before the
+    first of others, when several studies run together. Raises ValueError for a baseline that is no arm, and for two
+    runs of one name.
     """
 
     name: str
     question: str
     runs: tuple[StudyRun, ...]
     baseline: str
-    mean_depths: tuple[float, ...] = ()
-    evaluation_tokens: int = 262144
+    is_headline: bool = False
 
     def __post_init__(self) -> None:
         if self.baseline not in self.arms:
@@ -73,6 +116,16 @@ class Study:
         return tuple(dict.fromkeys(run.arm for run in self.runs))
 
 
+def distinct(studies: Sequence[Study]) -> list[StudyRun]:
+    """The runs of all studies, each once, in the order in which they are worth having: seed by seed, of headline
+    studies the first two seeds first."""
+    ranked = [(max(0, run.seed - study.is_headline), run) for study in studies for run in study.runs]
+    found: dict[str, StudyRun] = {}
+    for _, run in sorted(ranked, key=lambda pair: pair[0]):
+        found.setdefault(run.key, run)
+    return list(found.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What all runs of a grid share but their model: rows, lengths, rates. `learning_rate` is the peak."""
@@ -80,9 +133,10 @@ class Recipe:
     sequence_length: int = 512
     rows: int = 32
     learning_rate: float = 3e-3
-    evaluations: int = 10
-    calibration_tokens: int = 131072
-    evaluation_tokens: int = 65536
+    evaluations: int = 5
+    calibration_tokens: int = 65536
+    evaluation_tokens: int = 32768
+    measurement: Measurement = Measurement()
     device: str = "auto"
 
     def options(self, model: Model, steps: int, seed: int) -> RunOptions:
@@ -101,7 +155,7 @@ class Recipe:
                 evaluation_interval=max(1, -(-steps // self.evaluations)),
                 evaluation_tokens=self.evaluation_tokens,
                 calibration_tokens=self.calibration_tokens,
-                checkpoint_interval=max(1, steps // 4),
+                checkpoint_interval=0,
                 keep_checkpoints=1,
                 device=self.device,
             ),
@@ -128,7 +182,11 @@ def grid(
     has something to compare."""
     return tuple(
         StudyRun(
-            arm=arm, budget=budget.name, seed=seed, options=recipe.options(model, recipe.steps(model, budget), seed)
+            arm=arm,
+            budget=budget.name,
+            seed=seed,
+            options=recipe.options(model, recipe.steps(model, budget), seed),
+            measurement=recipe.measurement,
         )
         for seed in seeds
         for budget in budgets

@@ -30,14 +30,16 @@ HEAD = (
 
 
 def write_report(study: Study, out: Path) -> Path:
-    """Write `table.md` and the figures into `out`, and return the former. ValueError when there are no results."""
+    """Write `table.md` and the figures into the study's folder in `out`, and return the former. ValueError when there
+    are no results."""
     results = read_results(study, out)
     if not results:
         raise ValueError(f"{out} holds no result of the study {study.name!r} yet")
-    figures = study_figures(study, results)
+    folder, figures = out / study.name, study_figures(study, results)
+    folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
-        write_text(out / name, figure)
-    path = out / "table.md"
+        write_text(folder / name, figure)
+    path = folder / "table.md"
     write_text(path, report_text(study, results, sorted(figures)))
     return path
 

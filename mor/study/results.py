@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mor.files import write_text
 from mor.study.grid import Study
+from mor.study.places import RESULT, RUNS
 
 Result = dict[str, Any]
 
@@ -57,13 +60,45 @@ class ArmSummary:
 
 
 def read_results(study: Study, out: Path) -> list[Result]:
-    """The results there are, in the order of the grid."""
-    found = []
-    for run in study.runs:
-        path = out / run.name / "result.json"
-        if path.is_file():
-            found.append(json.loads(path.read_text(encoding="utf-8")))
-    return found
+    """The results there are, in the order of the grid, each with the arm, the budget and the seed of its cell.
+
+    `out`: the folder of studies, or a file of JSON lines as `export_results` writes it.
+    """
+    stored = _stored(out)
+    return [
+        {**result, "arm": run.arm, "budget": run.budget, "seed": run.seed}
+        for run in study.runs
+        if (result := stored(run.key)) is not None
+    ]
+
+
+def _stored(out: Path) -> Callable[[str], Result | None]:
+    if out.is_file():
+        results = {r["key"]: r for r in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
+        return results.get
+    return functools.cache(functools.partial(_read, out / RUNS))
+
+
+def _read(folder: Path, key: str) -> Result | None:
+    path = folder / key / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def stored_vocabulary(out: Path) -> int | None:
+    """The vocabulary that the stored results are of; None where there are none."""
+    if out.is_file():
+        lines = out.read_text(encoding="utf-8").splitlines()[:1]
+    else:
+        lines = [path.read_text(encoding="utf-8") for path in sorted((out / RUNS).glob(f"*/{RESULT}"))[:1]]
+    return int(json.loads(lines[0])["options"]["model"]["vocab_size"]) if lines else None
+
+
+def export_results(out: Path, file: Path) -> int:
+    """Write all results in the folder of studies `out` as JSON lines, for a repository; how many there were."""
+    found = sorted((out / RUNS).glob(f"*/{RESULT}"))
+    lines = [json.dumps(json.loads(path.read_text(encoding="utf-8")), separators=(",", ":")) for path in found]
+    write_text(file, "".join(line + "\n" for line in lines))
+    return len(lines)
 
 
 def summarise(study: Study, results: Sequence[Result]) -> list[ArmSummary]:
@@ -81,7 +116,8 @@ def summarise(study: Study, results: Sequence[Result]) -> list[ArmSummary]:
 
 def own(result: Result) -> dict[str, Any]:
     """The evaluation at the model's own budget."""
-    return next(e for e in result["evaluations"] if e["requested"] is None)
+    quality: dict[str, Any] = result["own"]
+    return quality
 
 
 def _summary(study: Study, arm: str, budget: str, group: Sequence[Result], baseline: dict[int, float]) -> ArmSummary:

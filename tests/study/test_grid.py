@@ -6,8 +6,8 @@ import pytest
 
 from mor.model.configuration_mor import MorConfig
 from mor.model.cost import complete_flops
-from mor.study.grid import Budget, Recipe, Study, grid, only
-from mor.study.studies import STUDIES, mor, study, vanilla
+from mor.study.grid import Budget, Measurement, Recipe, Study, distinct, grid, only
+from mor.study.studies import STUDIES, mor, names, study, vanilla
 
 VOCABULARY = 512
 ARMS = {"vanilla": vanilla(64, VOCABULARY), "mor-3": mor(64, VOCABULARY)}
@@ -25,6 +25,8 @@ def test_a_grid_has_every_combination_once_and_the_first_seed_first() -> None:
     assert len({run.name for run in runs}) == len(runs) == 2 * 2 * 2
     assert [run.seed for run in runs] == [0] * 4 + [1] * 4
     assert runs[1].name == "mor-3--tokens--seed-0"
+    assert runs[1].key.startswith("expert-choice-3-64x14-10-seed-0-")
+    assert len({run.key for run in runs}) == len(runs)
     assert [run.options.training.seed for run in runs] == [run.seed for run in runs]
     assert runs[1].options.model["router"] == "expert_choice"
 
@@ -66,3 +68,23 @@ def test_every_study_is_made_of_models_that_exist(name: str) -> None:
     for run in found.runs:
         assert MorConfig(**run.options.model).vocab_size == VOCABULARY
         assert run.options.training.steps >= 1
+
+
+def test_equal_cells_are_one_run() -> None:
+    twins, controls = study("twins", 8192), study("controls", 8192)
+    named = {run.name: run for run in (*twins.runs, *controls.runs)}
+    assert named["vanilla--equal-tokens--seed-1"].key == named["vanilla--equal-flops--seed-1"].key
+    assert named["mor-3--equal-tokens--seed-0"].key != named["mor-3--equal-flops--seed-0"].key
+    both = distinct([twins, controls])
+    assert len(both) < len({run.name for run in twins.runs} | {run.name for run in controls.runs})
+    assert named["mor-3--equal-flops--seed-2"].key in {run.key for run in both}
+
+
+def test_depths_of_the_dial() -> None:
+    assert Measurement().mean_depths(3) == [1, 1.05, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 2.95, 3]
+    assert Measurement(dial_step=1).mean_depths(1) == [1]
+
+
+def test_names() -> None:
+    assert names(["twins", "all"])[:2] == ["twins", "controls"]
+    assert "smoke" not in names(["all"])

@@ -34,10 +34,17 @@ def result(arm: str, budget: str, seed: int, nll: float, *, size: int = 1000, mo
         "arm": arm,
         "budget": budget,
         "seed": seed,
-        "provenance": {"command": "mor study example", "commit": "abc", "data": "d4", "machine": machine},
+        "provenance": {
+            "command": "mor study example",
+            "commit": "abc",
+            "data": "d4",
+            "held_out": "d5",
+            "machine": machine,
+        },
         "parameters": {"non_embedding": size},
         "training": {"tokens": 2560, "seconds": 3.0, "flops": 6e11},
-        "evaluations": [evaluation(nll, gap=gap), *more],
+        "own": evaluation(nll, gap=gap),
+        "dial": list(more),
         "curve": [[1280, nll + 1], [2560, nll]],
     }
 
@@ -47,7 +54,8 @@ def store(study: Study, out: Path, nll: dict[str, list[float]]) -> None:
     for arm, values in nll.items():
         for seed, value in enumerate(values):
             more = [evaluation(value + 0.1, 1.5)] if arm.startswith("mor") else []
-            place = out / f"{arm}--tokens--seed-{seed}"
+            (run,) = (run for run in study.runs if (run.arm, run.budget, run.seed) == (arm, "tokens", seed))
+            place = out / "runs" / run.key
             place.mkdir(parents=True)
             (place / "result.json").write_text(json.dumps(result(arm, "tokens", seed, value, more=more)))
 
@@ -91,8 +99,8 @@ def test_the_report_names_numbers_and_where_they_come_from(tmp_path: Path) -> No
     assert "- commit: `abc`" in text
     for name in ("curves-tokens.svg", "dial-tokens.svg", "pareto.svg"):
         assert f"]({name})" in text
-        assert (tmp_path / name).read_text().startswith("<svg")
-    assert not (tmp_path / "isoflop.svg").exists()
+        assert (tmp_path / "example" / name).read_text().startswith("<svg")
+    assert not (tmp_path / "example" / "isoflop.svg").exists()
 
 
 def test_without_results_there_is_no_report(tmp_path: Path) -> None:
