@@ -90,15 +90,15 @@ class Quantile:
     def choose(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, num_tokens: Tensor | int) -> TokenSet:
         total = int(num_tokens.sum()) if isinstance(num_tokens, Tensor) else num_tokens * score_BA.shape[0]
         takes_all = recursion == 0 and self.shares[0] >= 1
-        found = -math.inf if takes_all else float(boundary(score_BA, valid_BA, round(self.shares[recursion] * total)))
+        found = -math.inf if takes_all else float(boundary(score_BA, valid_BA, self.shares[recursion] * total))
         self.thresholds.append(found)
         keep_BA = score_BA >= self.thresholds[-1]
         return TokenSet.from_mask(keep_BA if valid_BA is None else keep_BA & valid_BA)
 
 
-def boundary(score_BA: Tensor, valid_BA: Tensor | None, size: int | Tensor) -> Tensor:
-    """A threshold that `size` of the real scores reach: the middle of the gap below the last one, in float32; 0 without
-    scores. Found on the device, without waiting for it.
+def boundary(score_BA: Tensor, valid_BA: Tensor | None, size: float | Tensor) -> Tensor:
+    """A threshold that `size` of the real scores, rounded, reach: the middle of the gap below the last one, in float32;
+    0 without scores. Found on the device, without waiting for it.
     """
     if score_BA.numel() == 0:
         return score_BA.new_zeros((), dtype=torch.float32)
@@ -107,7 +107,7 @@ def boundary(score_BA: Tensor, valid_BA: Tensor | None, size: int | Tensor) -> T
     if valid_BA is not None:
         score_N, num_real = score_N.masked_fill(~valid_BA.flatten(), -torch.inf), valid_BA.sum().reshape(1)
     ordered_N = score_N.sort(descending=True).values
-    size_1 = num_real.clamp(max=size)
+    size_1 = num_real.clamp(max=size.round().long() if isinstance(size, Tensor) else round(size))
     last = torch.minimum(size_1, num_real - 1).clamp(min=0)
     above, below = (ordered_N.gather(0, index) for index in ((size_1 - 1).clamp(min=0), last))
     above = torch.where(size_1 > 0, above, above + 1)

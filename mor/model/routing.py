@@ -343,10 +343,12 @@ class RecursionRoute:
             self.add_losses(scores, chosen.mask(scores.logits_BA.shape, scores.logits_BA.device), valid_BA)
         return chosen
 
-    def add_losses(self, scores: Scores, kept_BA: Tensor, valid_BA: Tensor | None) -> None:
-        """Add the router's losses of one recursion to those of the forward."""
+    def add_losses(
+        self, scores: Scores, kept_BA: Tensor, valid_BA: Tensor | None, weight: Tensor | float = 1.0
+    ) -> None:
+        """Add the router's losses of one recursion, times `weight`, to those of the forward."""
         for name, loss in self.router.losses(scores, kept_BA, valid_BA).items():
-            self.losses[name] = self.losses[name] + loss if name in self.losses else loss
+            self.losses[name] = self.losses.get(name, 0.0) + weight * loss
 
     def merge(self, recursion: int, stream_BTD: Tensor, visit: Visit) -> tuple[Tensor, Tensor]:
         x_BKD, self._read = self.router.advance(recursion, visit.x_BKD, visit.y_BKD, visit.gate_BK)

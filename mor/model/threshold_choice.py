@@ -73,7 +73,7 @@ class ThresholdChoiceRouter(ExpertChoiceRouter):
         return ThresholdRoute(self, inputs) if is_measured else super().begin(inputs)
 
     @torch.no_grad()
-    def measure(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, size: int | Tensor) -> None:
+    def measure(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, size: float | Tensor) -> None:
         """Note the boundary that the `size` best of the batch's alive tokens reach."""
         found = boundary(score_BA, valid_BA, size)
         is_there = torch.ones_like(found) if valid_BA is None else valid_BA.any().to(found)
@@ -106,16 +106,21 @@ class ThresholdRoute(RecursionRoute):
         score_BA = scores.decisive_BA.detach()
         keep_BA = rule.keeps(recursion, score_BA, valid_BA)
         counts = HostCounts(keep_BA.sum(1).amax().reshape(1))
-        self.add_losses(scores, keep_BA, valid_BA)
+        self.add_losses(scores, keep_BA, valid_BA, self._loss_weight(recursion, valid_BA))
         if router.trained_shares[recursion] >= 1:
             return TokenSet(valid_BK=valid_BA)
-        router.measure(recursion, score_BA, valid_BA, self._size(rule.capacities[recursion], len(score_BA)))
+        router.measure(recursion, score_BA, valid_BA, self._expected(recursion))
         # At least one place, absent if need be: every process then uses, and has gradients for, the same weights.
         return TokenSet.from_mask(keep_BA, max(1, counts.places(0, score_BA.shape[1], is_training=True)))
 
-    def _size(self, capacity: float, num_rows: int) -> int | Tensor:
-        """capacity * the batch's tokens, rounded."""
-        num_tokens = self.inputs.num_tokens
-        if isinstance(num_tokens, int):
-            return round(capacity * num_tokens * num_rows)
-        return (capacity * num_tokens.sum()).round().long()
+    def _loss_weight(self, recursion: int, valid_BA: Tensor | None) -> Tensor | float:
+        """Alive tokens over those that the capacities let expect. Losses, means over the alive, become means over a
+        number that no decision changes, so that those of micro-batches add up."""
+        return 1.0 if recursion == 0 or valid_BA is None else valid_BA.sum() / self._expected(recursion - 1)
+
+    def _expected(self, recursion: int) -> Tensor | float:
+        """The batch's tokens that a recursion's capacity lets through."""
+        rule, num_tokens = self.inputs.rule, self.inputs.num_tokens
+        assert isinstance(rule, MeasuredThreshold)
+        total = num_tokens.sum() if isinstance(num_tokens, Tensor) else num_tokens * len(self.inputs.x_BTD)
+        return rule.capacities[recursion] * total
