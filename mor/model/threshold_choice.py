@@ -72,12 +72,12 @@ class ThresholdChoiceRouter(ExpertChoiceRouter):
         is_measured = self.training and isinstance(inputs.rule, MeasuredThreshold)
         return ThresholdRoute(self, inputs) if is_measured else super().begin(inputs)
 
-    @torch.no_grad()
-    def measure(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, size: float | Tensor) -> None:
-        """Note the boundary that the `size` best of the batch's alive tokens reach."""
+    def measure(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, size: float | Tensor) -> Tensor:
+        """The boundary that the `size` best of the batch's alive tokens reach, which is also noted."""
         found = boundary(score_BA, valid_BA, size)
         is_there = torch.ones_like(found) if valid_BA is None else valid_BA.any().to(found)
         self.boundary_sum[:, recursion] += torch.stack([found, is_there])
+        return found
 
     def measurements(self) -> tuple[Tensor, ...]:
         return (self.boundary_sum,)
@@ -100,16 +100,22 @@ class ThresholdRoute(RecursionRoute):
     """Routing of one training forward."""
 
     def pick(self, recursion: int, scores: Scores, valid_BA: Tensor | None) -> TokenSet:
-        """The tokens above the threshold. Their number travels to the host while losses and boundary are found."""
+        """The tokens above the threshold. Their number travels to the host while boundary and losses are found.
+
+        The losses teach membership above the boundary: with that above the threshold as the target, scores that move
+        together would take themselves along, away from the threshold.
+        """
         rule, router = self.inputs.rule, self.router
         assert isinstance(rule, MeasuredThreshold) and isinstance(router, ThresholdChoiceRouter)
         score_BA = scores.decisive_BA.detach()
         keep_BA = rule.keeps(recursion, score_BA, valid_BA)
-        counts = HostCounts(keep_BA.sum(1).amax().reshape(1))
-        self.add_losses(scores, keep_BA, valid_BA, self._loss_weight(recursion, valid_BA))
+        weight = self._loss_weight(recursion, valid_BA)
         if router.trained_shares[recursion] >= 1:
+            self.add_losses(scores, keep_BA, valid_BA, weight)
             return TokenSet(valid_BK=valid_BA)
-        router.measure(recursion, score_BA, valid_BA, self._expected(recursion))
+        counts = HostCounts(keep_BA.sum(1).amax().reshape(1))
+        found = router.measure(recursion, score_BA, valid_BA, self._expected(recursion))
+        self.add_losses(scores, score_BA >= found, valid_BA, weight)
         # At least one place, absent if need be: every process then uses, and has gradients for, the same weights.
         return TokenSet.from_mask(keep_BA, max(1, counts.places(0, score_BA.shape[1], is_training=True)))
 
