@@ -59,9 +59,9 @@ class Validator:
     def evaluate(self, model: MorForCausalLM) -> dict[str, dict[str, float]]:
         """Scores by decision rule: `causal`, and for routers that know it `top_k`, whose gap to causal it shows.
 
-        Routers that train by top-k are calibrated first, to their trained mean depth and on a quarter of the rows, so that
-        the causal thresholds fit the weights of the moment. The model's mode and the random generators are left as they
-        were. Empty without rows to score.
+        Routers that train by top-k are calibrated first, to their trained mean depth and on a quarter of the rows, so
+        that the causal thresholds fit the weights of the moment. The model's mode and the random generators are left as
+        they were. Empty without rows to score.
         """
         with _aside(model), self._parallel.evaluating(model), autocast(model.device, self._dtype):
             depth = trained_mean_depth(model) if self.calibrates else None

@@ -13,7 +13,9 @@ from tests.evaluate.models import calibrated, model, rows
 TEXT = rows(1, 24)
 
 
-@pytest.mark.parametrize("router", ["vanilla", "none", "expert_choice", "threshold_choice", "token_choice", "random", "gate"])
+@pytest.mark.parametrize(
+    "router", ["vanilla", "none", "expert_choice", "threshold_choice", "token_choice", "random", "gate"]
+)
 def test_causal_rules_pass(router: str) -> None:
     result = suffix_probe(model(router), TEXT, num_suffixes=200)
     assert result.causal

@@ -133,7 +133,11 @@ def test_fixed_depths_follow_positions():
 def test_micro_batches_add_up_to_the_batch():
     for router in ("expert_choice", "threshold_choice", "token_choice"):
         # what looks at one micro-batch is left out: token-choice's balancing, threshold-choice's auxiliary loss
-        left_out = {"expert_choice": {}, "threshold_choice": {"causal_method": "none"}, "token_choice": {"balancing": "none"}}
+        left_out = {
+            "expert_choice": {},
+            "threshold_choice": {"causal_method": "none"},
+            "token_choice": {"balancing": "none"},
+        }
         model, ids = tiny_model(router=router, router_z_loss_coef=0.1, **left_out[router]).train(), random_ids(4, 12)
         whole = model(ids, labels=ids, num_items_in_batch=ids.numel()).loss
         parts = [model(part, labels=part, num_items_in_batch=ids.numel()).loss for part in ids.split(2)]

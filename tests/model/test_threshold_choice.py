@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mor.model.decision import boundary
 from mor.model.modeling_mor import MorForCausalLM
 from mor.model.threshold_choice import ThresholdChoiceRouter
-from tests.tiny import KV_CACHES, VOCABULARY, left_padding, random_ids, tiny_model
+from tests.tiny import KV_CACHES, left_padding, random_ids, tiny_model
 
 
 def model_and_router(**choices: Any) -> tuple[MorForCausalLM, ThresholdChoiceRouter]:
@@ -96,7 +96,9 @@ def test_thresholds_follow_the_capacities_over_batches_but_not_in_every_row(capa
     assert len((seen[-1] == 3).sum(1).unique()) > 1
     model.eval()
     assert shares(model(random_ids(64, 64, seed=99)).depths) == pytest.approx(capacities, abs=0.03)
-    assert float((model(random_ids(2, 64), decision="top_k").depths > 2).double().mean()) == int(capacities[2] * 64) / 64
+    assert (
+        float((model(random_ids(2, 64), decision="top_k").depths > 2).double().mean()) == int(capacities[2] * 64) / 64
+    )
 
 
 def test_a_step_moves_the_thresholds_once_and_by_all_its_forwards() -> None:
