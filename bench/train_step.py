@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from mor.data.loader import Batch
 from mor.model.configuration_mor import MorConfig
 from mor.model.cost import training_flops
 from mor.model.modeling_mor import MorForCausalLM
+from mor.model.threshold_choice import MeasuredThreshold
 from mor.model.token_choice import DepthRule
 from mor.train.compile import compile_layers
 from mor.train.fused_loss import ChunkedLmLoss
@@ -50,6 +52,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "mor-2": MIDDLE | dict(num_recursions=2, router="expert_choice"),
     "mor-3": MIDDLE | dict(num_recursions=3, router="expert_choice"),
     "mor-3-shared": MIDDLE | dict(num_recursions=3, router="expert_choice", kv_cache="shared"),
+    "mor-3-threshold": MIDDLE | dict(num_recursions=3, router="threshold_choice"),
     "mor-3-token": MIDDLE | dict(num_recursions=3, router="token_choice"),
     "vanilla-documents": {},
     "mor-3-documents": MIDDLE | dict(num_recursions=3, router="expert_choice"),
@@ -75,13 +78,26 @@ class BalancedDepths(DepthRule):
         return torch.randint(score_BTR.shape[-1], score_BTR.shape[:2], device=score_BTR.device)
 
 
+class BalancedThresholds(MeasuredThreshold):
+    """The capacities' shares of all tokens, at random: threshold-choice's cost, whatever its router."""
+
+    def keeps(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None) -> Tensor:
+        before = self.capacities[recursion - 1] if recursion else 1.0
+        keep_BA = torch.rand_like(score_BA) < self.capacities[recursion] / before
+        return keep_BA if valid_BA is None else keep_BA & valid_BA
+
+
 def mor_step(name: str, rows: Tensor) -> Callable[[], Tensor]:
     """A training step of one of our models, as `mor train` takes it."""
     config = MorConfig(**DIMENSIONS, **ARMS[name], max_position_embeddings=rows.shape[1])
     model: Any = MorForCausalLM(config)
     model = model.cuda().train()
+    router = model.model.recursion.router
     if config.router == "token_choice":
-        model.model.recursion.router.trained_rule = BalancedDepths
+        router.trained_rule = BalancedDepths
+    if config.router == "threshold_choice":
+        thresholds, capacities = router.running_thresholds, router.trained_shares
+        router.trained_rule = partial(BalancedThresholds, thresholds=thresholds, capacities=capacities)
     compile_layers(model)
     optimizer, lm_loss = build_optimizer(model, OptimizerOptions()), ChunkedLmLoss()
     documents = (torch.rand(rows.shape, device="cuda") < 1 / DOCUMENT_TOKENS).cumsum(1)

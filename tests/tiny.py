@@ -33,9 +33,14 @@ def tiny_config(**changes) -> MorConfig:
 
 
 def tiny_model(seed: int = 0, **changes) -> MorForCausalLM:
-    """A model of `tiny_config`, in evaluation mode."""
+    """A model of `tiny_config`, in evaluation mode; threshold-choice as if training had moved its thresholds."""
     torch.manual_seed(seed)
-    return MorForCausalLM(tiny_config(**changes)).eval()
+    model = MorForCausalLM(tiny_config(**changes)).eval()
+    if model.config.router == "threshold_choice":
+        router = model.model.recursion.router
+        router.running_thresholds.copy_(torch.linspace(0.15, -0.15, model.config.num_recursions))
+        router.threshold_updates.fill_(1)
+    return model
 
 
 def random_ids(batch: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -49,8 +54,8 @@ def left_padding(*pads: int, size: int) -> torch.Tensor:
     return (torch.arange(size)[None] >= torch.tensor(pads)[:, None]).long()
 
 
-ROUTERS = ("none", "expert_choice", "token_choice", "random", "fixed", "gate")
-BUDGET_ROUTERS = ("expert_choice", "token_choice", "random")
+ROUTERS = ("none", "expert_choice", "threshold_choice", "token_choice", "random", "fixed", "gate")
+BUDGET_ROUTERS = ("expert_choice", "threshold_choice", "token_choice", "random")
 KV_CACHES = ("recursion", "shared", "hybrid")
 SHARINGS = ("none", "cycle", "middle_cycle", "sequence", "middle_sequence")
 

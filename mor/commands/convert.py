@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("stepwise", "average", "lower", "upper", "random"),
         help="which layers the shared block starts from (default stepwise)",
     )
-    llama.add_argument("--router", choices=("none", "expert_choice", "token_choice"), help="default none")
+    llama.add_argument(
+        "--router", choices=("none", "expert_choice", "threshold_choice", "token_choice"), help="default none"
+    )
     llama.add_argument("--kv-cache", choices=("recursion", "shared", "hybrid"), help="default recursion")
     llama.add_argument("--seed", type=int, help="of new router weights and of --initialization random (default 0)")
     official = parser.add_argument_group("for --from official")

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from mor.evaluate.slices import ratio
-from mor.model.configuration_mor import MorConfig
+from mor.model.configuration_mor import WITH_CAPACITIES, MorConfig
 from mor.model.decision import Threshold
 from mor.model.modeling_mor import MorForCausalLM
-
-BY_SCORE = ("expert_choice", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,7 @@ class ScalingPoint:
 
 def can_scale(model: MorForCausalLM) -> bool:
     """Whether the number of recursions can be set: with routers that threshold scores, and without a router."""
-    return model.config.num_recursions > 1 and model.config.router in (*BY_SCORE, "none")
+    return model.config.num_recursions > 1 and model.config.router in (*WITH_CAPACITIES, "none")
 
 
 @torch.no_grad()

@@ -52,7 +52,15 @@ class MorPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MorDecoderLayer", "Recursion"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = {"calibration_mean_depth", "calibration_thresholds", "load_bias", "load_sum"}
+    _keep_in_fp32_modules_strict = {
+        "calibration_mean_depth",
+        "calibration_thresholds",
+        "load_bias",
+        "load_sum",
+        "running_thresholds",
+        "threshold_updates",
+        "boundary_sum",
+    }
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """Recompute each recursion's activations in backward.

@@ -11,10 +11,12 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from .depth_plan import KV_POLICIES, SHARINGS, DepthPlan, linear_capacities
 
-ROUTERS = ("none", "expert_choice", "token_choice", "random", "fixed", "gate")
+ROUTERS = ("none", "expert_choice", "threshold_choice", "token_choice", "random", "fixed", "gate")
+WITH_CAPACITIES = ("expert_choice", "threshold_choice", "random")
 ROUTER_ARCHITECTURES = ("linear", "mlp", "wide_mlp")
 ROUTER_ACTIVATIONS = {
     "expert_choice": ("sigmoid", "tanh", "identity"),
+    "threshold_choice": ("sigmoid", "tanh", "identity"),
     "token_choice": ("softmax", "sigmoid"),
     "fixed": ("sigmoid", "tanh", "identity"),
     "gate": ("sigmoid", "tanh", "identity"),
@@ -46,13 +48,14 @@ class MorConfig(PreTrainedConfig):
             cycle sharing.
         kv_cache: `recursion` (own keys and values where a token was active), `shared` (those of the first recursion) or
             `hybrid` (own where active, the first recursion's elsewhere).
-        router: `none` (every token takes every recursion), `expert_choice`, `token_choice`, or a control: `random`
-            (expert-choice on uniform scores), `fixed` (depths by position from `fixed_depths`), `gate` (every token
-            takes every recursion, with the gated residual).
+        router: `none` (every token takes every recursion), `expert_choice`, `threshold_choice` (its scores against
+            running thresholds, in training as in decoding), `token_choice`, or a control: `random` (expert-choice on
+            uniform scores), `fixed` (depths by position from `fixed_depths`), `gate` (every token takes every
+            recursion, with the gated residual).
         router_architecture: `linear`, `mlp` (hidden width 2D) or `wide_mlp` (4D, as the paper says; the authors' code
             uses 2D for both, so its `wide_mlp` is our `mlp`).
-        router_activation: `sigmoid | tanh | identity` for expert-choice, `softmax | sigmoid` for token-choice. Default:
-            `sigmoid` and `softmax`.
+        router_activation: `sigmoid | tanh | identity` for expert-choice and threshold-choice, `softmax | sigmoid` for
+            token-choice. Default: `sigmoid` and `softmax`.
         router_alpha: factor on the gate; not applied with `identity`. Default 0.1, and 1.0 for softmax.
         router_temperature: divides the router's input.
         gating: `weighted` adds gate * block output to the residual stream, `additive` the output alone.
@@ -60,16 +63,20 @@ class MorConfig(PreTrainedConfig):
         capacity_warmup_steps: training forwards over which capacities fall from 1 to their value along a cosine.
         causal_method: what makes expert-choice decidable without the future: `aux_loss` (the router is trained to
             separate at 0.5), `aux_router` (a second router is trained to imitate it), or `none` (calibration only).
+            Threshold-choice is decidable as it is; `aux_loss` keeps its scores off the threshold, `none` does not.
         router_aux_loss_coef: weight of the auxiliary loss.
         router_z_loss_coef: weight of the router z-loss; 0 is off.
         balancing: `loss`, `loss_free` (a bias moved by the training loop) or `none`; token-choice only.
         balancing_loss_coef: weight of the balancing loss.
         balancing_update_rate: step u of the loss-free bias.
         balancing_warmup_steps: training forwards in which every token takes all recursions; token-choice only.
+        threshold_decay: of the moving average, step by step, that threshold-choice's thresholds are; 0 takes the last
+            step's boundary score as it is.
         fixed_depths: depths given to positions 0, 1, 2, ... in turn by the `fixed` router.
         router_seed: seed of the `random` router outside training.
         mean_depth: default budget in block applications per token for causal decisions. None: the 0.5 threshold
-            (expert-choice) or the plain argmax (token-choice). A number needs a calibrated checkpoint.
+            (expert-choice), the thresholds of training (threshold-choice) or the plain argmax (token-choice). A number
+            needs a calibrated checkpoint.
         num_calibration_points: rows of the calibration table stored with the weights.
 
     Raises:
@@ -120,6 +127,7 @@ class MorConfig(PreTrainedConfig):
     balancing_loss_coef: float | int = 0.1
     balancing_update_rate: float | int = 0.001
     balancing_warmup_steps: int = 0
+    threshold_decay: float | int = 0.9
     fixed_depths: list | tuple | None = None
     router_seed: int = 0
     mean_depth: float | int | None = None
@@ -135,7 +143,7 @@ class MorConfig(PreTrainedConfig):
             self.router_activation = ROUTER_ACTIVATIONS[self.router][0]
         if self.router_alpha is None:
             self.router_alpha = 1.0 if self.router_activation == "softmax" else 0.1
-        if self.capacities is None and self.router in ("expert_choice", "random"):
+        if self.capacities is None and self.router in WITH_CAPACITIES:
             self.capacities = linear_capacities(self.num_recursions)
         if self.capacities is not None:
             self.capacities = [float(c) for c in self.capacities]
@@ -166,6 +174,7 @@ class MorConfig(PreTrainedConfig):
                 f"got sharing={self.sharing!r}"
             )
         _check_capacities(self)
+        _check_thresholds(self)
         _check_fixed_depths(self)
         if self.mean_depth is not None and not 1 <= self.mean_depth <= self.num_recursions:
             raise ValueError(
@@ -233,6 +242,16 @@ def _check_capacities(config: "MorConfig") -> None:
         raise ValueError(f"capacities={capacities} must lie in (0, 1]")
     if any(later > earlier for earlier, later in pairwise(capacities)):
         raise ValueError(f"capacities={capacities} must not rise: a token that stopped cannot come back")
+
+
+def _check_thresholds(config: "MorConfig") -> None:
+    if not 0 <= config.threshold_decay < 1:
+        raise ValueError(f"threshold_decay={config.threshold_decay} must lie in [0, 1)")
+    if config.router == "threshold_choice" and config.causal_method == "aux_router":
+        raise ValueError(
+            "causal_method='aux_router' has nothing to imitate: router='threshold_choice' decides in training as it "
+            "does in decoding; use 'aux_loss' or 'none'"
+        )
 
 
 def _check_fixed_depths(config: "MorConfig") -> None:

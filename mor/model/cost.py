@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .configuration_mor import MorConfig
+from .configuration_mor import WITH_CAPACITIES, MorConfig
 from .depth_plan import linear_capacities
 
 TRAINING_FACTOR = 3  # a backward pass costs two forward passes
@@ -98,7 +98,7 @@ def _score_heads(config: MorConfig) -> list[int]:
     """The number of outputs of each score head that the router holds."""
     if config.router == "token_choice":
         return [config.num_recursions]
-    if config.router in ("expert_choice", "fixed", "gate"):
+    if config.router in ("expert_choice", "threshold_choice", "fixed", "gate"):
         return [1] * config.num_recursions * (2 if _has_auxiliary_heads(config) else 1)
     return []
 
@@ -119,7 +119,7 @@ def active_shares(config: MorConfig) -> tuple[float, ...]:
     """The expected share of tokens that is active at each recursion."""
     if config.router == "token_choice":
         return linear_capacities(config.num_recursions)
-    if config.router in ("expert_choice", "random"):
+    if config.router in WITH_CAPACITIES:
         return tuple(config.capacities or ())
     depths = config.fixed_depths or [config.num_recursions]
     return tuple(sum(depth > r for depth in depths) / len(depths) for r in range(config.num_recursions))

@@ -1,7 +1,8 @@
 """How scores become decisions: who goes round again.
 
 `top_k` compares a token with its whole row, so it looks into the future: training's rule for expert-choice. `causal`
-compares a token with a threshold, so it can decode. Calibration is a third rule that finds the thresholds.
+compares a token with a threshold, so it can decode; threshold-choice trains with it too. Calibration is a third rule
+that finds the thresholds.
 
 Legend: B rows, A tokens still alive at a recursion, R recursions. Scores are logits: the gate's activation is monotone.
 """
@@ -69,8 +70,12 @@ class Threshold:
     is_causal: bool = field(default=True, init=False)
 
     def choose(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, num_tokens: Tensor | int) -> TokenSet:
+        return TokenSet.from_mask(self.keeps(recursion, score_BA, valid_BA))
+
+    def keeps(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None) -> Tensor:
+        """Which of the alive tokens take the recursion, (B, A)."""
         keep_BA = score_BA >= self.thresholds[..., recursion, None]
-        return TokenSet.from_mask(keep_BA if valid_BA is None else keep_BA & valid_BA)
+        return keep_BA if valid_BA is None else keep_BA & valid_BA
 
 
 @dataclass(kw_only=True)
@@ -84,22 +89,31 @@ class Quantile:
 
     def choose(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, num_tokens: Tensor | int) -> TokenSet:
         total = int(num_tokens.sum()) if isinstance(num_tokens, Tensor) else num_tokens * score_BA.shape[0]
-        alive = (score_BA if valid_BA is None else score_BA[valid_BA]).flatten()
-        size = min(alive.numel(), round(self.shares[recursion] * total))
         takes_all = recursion == 0 and self.shares[0] >= 1
-        self.thresholds.append(-math.inf if takes_all else _boundary(alive, size))
+        found = -math.inf if takes_all else float(boundary(score_BA, valid_BA, self.shares[recursion] * total))
+        self.thresholds.append(found)
         keep_BA = score_BA >= self.thresholds[-1]
         return TokenSet.from_mask(keep_BA if valid_BA is None else keep_BA & valid_BA)
 
 
-def _boundary(score: Tensor, size: int) -> float:
-    """A threshold that `size` of the scores reach: the middle of the gap below the last one, as a float32 value."""
-    if score.numel() == 0:
-        return 0.0
-    ordered = score.float().sort(descending=True).values
-    above = ordered[size - 1] if size else ordered[0] + 1.0
-    below = ordered[size] if size < ordered.numel() else ordered[-1] - 1.0
-    return float((above + below) / 2) if bool(above > below) else float(above)
+def boundary(score_BA: Tensor, valid_BA: Tensor | None, size: float | Tensor) -> Tensor:
+    """A threshold that `size` of the real scores, rounded, reach: the middle of the gap below the last one, in float32;
+    0 without scores. Found on the device, without waiting for it.
+    """
+    if score_BA.numel() == 0:
+        return score_BA.new_zeros((), dtype=torch.float32)
+    score_N = score_BA.float().flatten()
+    num_real = torch.full((1,), len(score_N), device=score_N.device)
+    if valid_BA is not None:
+        score_N, num_real = score_N.masked_fill(~valid_BA.flatten(), -torch.inf), valid_BA.sum().reshape(1)
+    ordered_N = score_N.sort(descending=True).values
+    size_1 = num_real.clamp(max=size.round().long() if isinstance(size, Tensor) else round(size))
+    last = torch.minimum(size_1, num_real - 1).clamp(min=0)
+    above, below = (ordered_N.gather(0, index) for index in ((size_1 - 1).clamp(min=0), last))
+    above = torch.where(size_1 > 0, above, above + 1)
+    below = torch.where(size_1 < num_real, below, below - 1)
+    found = torch.where(above > below, (above + below) / 2, above)
+    return torch.where(num_real > 0, found, 0).squeeze(0)
 
 
 def budget_shares(mean_depth: float, capacities: Sequence[float]) -> list[float]:

@@ -142,7 +142,7 @@ class MorForCausalLM(MorPreTrainedModel, GenerationMixin):
         return loss, {"lm": lm, **router_losses}
 
     def update_router_bias(self) -> None:
-        """Call after each optimizer step: moves the loss-free balancing bias, if the router has one."""
+        """Call after each optimizer step: moves a loss-free balancing bias, or running thresholds."""
         if self.model.recursion.router is not None:
             self.model.recursion.router.update_bias()
 

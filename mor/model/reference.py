@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from .configuration_mor import MorConfig
+from .configuration_mor import WITH_CAPACITIES, MorConfig
 from .expert_choice import hashed_uniform
 from .modeling_mor import MorForCausalLM
 
@@ -140,11 +140,11 @@ class _TopK:
 def _decisions(model: Any, decision: str, mean_depth: float | None) -> tuple[_Membership, Tensor]:
     """Who takes a recursion, where a router asks each time; and what is added to token-choice's scores (R,)."""
     config: MorConfig = model.config
-    budgeted = config.router in ("expert_choice", "random", "token_choice")
+    budgeted = config.router in (*WITH_CAPACITIES, "token_choice")
     if mean_depth is not None and not budgeted:
         raise ValueError(f"mean_depth={mean_depth}: router={config.router!r} has no budget to set")
     no_tilt = torch.zeros(config.num_recursions)
-    if decision == "top_k" and config.router in ("expert_choice", "random"):
+    if decision == "top_k" and config.router in WITH_CAPACITIES:
         return _TopK(capacities=_budget_capacities(config, mean_depth)), no_tilt
     if decision != "causal":
         raise ValueError(f"decision={decision!r} does not exist for router={config.router!r}")
@@ -154,15 +154,20 @@ def _decisions(model: Any, decision: str, mean_depth: float | None) -> tuple[_Me
     stored = None if mean_depth is None or not budgeted else _calibrated(model, mean_depth)
     if config.router == "token_choice":
         return _AboveThreshold(thresholds=()), no_tilt if stored is None else torch.tensor(stored)
-    return _AboveThreshold(thresholds=stored or _default_thresholds(config)), no_tilt
+    return _AboveThreshold(thresholds=stored or _default_thresholds(model)), no_tilt
 
 
-def _default_thresholds(config: MorConfig) -> list[float]:
-    """0.5 after the sigmoid (0 after tanh) is a logit of 0; uniform scores are cut so that shares are kept."""
+def _default_thresholds(model: Any) -> list[float]:
+    """0.5 after the sigmoid (0 after tanh) is a logit of 0; uniform scores are cut so that shares are kept; what
+    threshold-choice was trained with is stored."""
+    config: MorConfig = model.config
     capacities = [float(c) for c in config.capacities or ()]
     if config.router == "random":
         before = [1.0, *capacities]
         return [1 - now / last if now < last else -math.inf for last, now in zip(before, capacities)]
+    if config.router == "threshold_choice":
+        stored = model.model.recursion.router.running_thresholds.tolist()
+        return [-math.inf if capacity >= 1 else threshold for capacity, threshold in zip(capacities, stored)]
     is_logit = config.router_activation != "identity" or config.causal_method == "aux_router"
     return [-math.inf if capacity >= 1 else (0.0 if is_logit else 0.5) for capacity in capacities]
 

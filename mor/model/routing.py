@@ -269,6 +269,10 @@ class Router(nn.Module):
         """Start routing one forward."""
         raise NotImplementedError
 
+    def measurements(self) -> tuple[Tensor, ...]:
+        """What training forwards add up for `update_bias`, to be summed over processes that train together."""
+        return ()
+
     def update_bias(self) -> None:
         """Move what is learnt outside the gradient, after an optimizer step."""
 
@@ -327,17 +331,24 @@ class RecursionRoute:
         if recursion == 0:
             self._read = self.router.read(0, x_BAD)
         scores = self.router.score(recursion, self._read, alive.gather(self.inputs.number_BT))
-        rule = self.inputs.rule
-        compared_BA = scores.logits_BA if isinstance(rule, TopK) else scores.decisive_BA
-        chosen = rule.choose(recursion, compared_BA.detach(), alive.valid_BK, self.inputs.num_tokens)
-        if self.router.training and isinstance(rule, TopK):
-            self._add_losses(scores, chosen, alive.valid_BK)
+        chosen = self.pick(recursion, scores, alive.valid_BK)
         return Choice(chosen=chosen, gate_BK=chosen.gather(scores.gate_BA), scores=scores)
 
-    def _add_losses(self, scores: Scores, chosen: TokenSet, valid_BA: Tensor | None) -> None:
-        kept_BA = chosen.mask(scores.logits_BA.shape, scores.logits_BA.device)
+    def pick(self, recursion: int, scores: Scores, valid_BA: Tensor | None) -> TokenSet:
+        """The rule's choice; in training also its losses."""
+        rule = self.inputs.rule
+        compared_BA = scores.logits_BA if isinstance(rule, TopK) else scores.decisive_BA
+        chosen = rule.choose(recursion, compared_BA.detach(), valid_BA, self.inputs.num_tokens)
+        if self.router.training and isinstance(rule, TopK):
+            self.add_losses(scores, chosen.mask(scores.logits_BA.shape, scores.logits_BA.device), valid_BA)
+        return chosen
+
+    def add_losses(
+        self, scores: Scores, kept_BA: Tensor, valid_BA: Tensor | None, weight: Tensor | float = 1.0
+    ) -> None:
+        """Add the router's losses of one recursion, times `weight`, to those of the forward."""
         for name, loss in self.router.losses(scores, kept_BA, valid_BA).items():
-            self.losses[name] = self.losses[name] + loss if name in self.losses else loss
+            self.losses[name] = self.losses.get(name, 0.0) + weight * loss
 
     def merge(self, recursion: int, stream_BTD: Tensor, visit: Visit) -> tuple[Tensor, Tensor]:
         x_BKD, self._read = self.router.advance(recursion, visit.x_BKD, visit.y_BKD, visit.gate_BK)

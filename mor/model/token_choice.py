@@ -18,8 +18,6 @@ from .router_losses import balancing_loss, depth_load, z_loss
 from .routing import Choice, Route, Router, RoutingInput, ScoreHead, Scores, Visit
 from .token_set import HostCounts, TokenSet
 
-_ROUNDING = 64  # sizes in a few steps: compiled code and attention kernels like them
-
 
 class DepthRule:
     """Adds `bias`, (R,) or (B, R), to the scores of the depths before the argmax. Causal: a token looks at itself."""
@@ -150,6 +148,9 @@ class TokenChoiceRouter(Router):
             losses["router_z"] = z_loss(logits_BTR, valid_BT)
         return losses
 
+    def measurements(self) -> tuple[Tensor, ...]:
+        return (self.load_sum,) if self.config.balancing == "loss_free" else ()
+
     def update_bias(self) -> None:
         """b_r += u * sign(1/R - load_r), load averaged over the forwards since the last update (arXiv 2408.15664)."""
         total = self.load_sum.sum()
@@ -185,17 +186,14 @@ class TokenRoute:
         rule = self.inputs.rule
         assert isinstance(rule, DepthRule)
         depth_BA = alive.gather(self.depth_BT)
-        size = self._size(recursion, depth_BA.shape[1]) if recursion else None
+        most, is_training = depth_BA.shape[1], self.router.training
+        size = self._counts.places(recursion, most, is_training=is_training) if recursion else None
         chosen = rule.choose(recursion, depth_BA, alive.valid_BK, self.inputs.num_tokens, size)
         gate_BK = alive.compose(chosen).gather(self.gate_BT)
         if recursion > 0:
             return Choice(chosen=chosen, gate_BK=gate_BK)
         scores = Scores(logits_BA=self.logits_BTR, decisive_BA=self.logits_BTR, gate_BA=self.gate_BT)
         return Choice(chosen=chosen, gate_BK=gate_BK, scores=scores)
-
-    def _size(self, recursion: int, most: int) -> int:
-        step = _ROUNDING if self.router.training else 1
-        return min(most, -(-self._counts[recursion] // step) * step)
 
     def merge(self, recursion: int, stream_BTD: Tensor, visit: Visit) -> tuple[Tensor, Tensor]:
         weight_BK = visit.gate_BK if self.router.config.gating == "weighted" else torch.ones_like(visit.gate_BK)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_ROUNDING = 64
+
 
 class HostCounts:
     """Small integers on their way from the device to the host.
@@ -36,6 +38,12 @@ class HostCounts:
         if self._arrived is not None:
             self._arrived.synchronize()
         return int(self._counts[index])
+
+    def places(self, index: int, most: int, *, is_training: bool) -> int:
+        """Places for that many tokens, at most `most`. In training rounded up to a few sizes, as compiled code and
+        attention kernels like them."""
+        step = _ROUNDING if is_training else 1
+        return min(most, -(-self[index] // step) * step)
 
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:

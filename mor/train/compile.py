@@ -50,7 +50,7 @@ def compile_layers(model: MorForCausalLM) -> None:
 
 def has_varying_sets(config: MorConfig) -> bool:
     """Whether the number of tokens at a recursion changes from one training step to the next."""
-    return config.router == "token_choice" or config.capacity_warmup_steps > 0
+    return config.router in ("token_choice", "threshold_choice") or config.capacity_warmup_steps > 0
 
 
 def _in_training(module: nn.Module, name: str, dynamic: bool) -> Callable[..., Any]:

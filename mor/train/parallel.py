@@ -280,11 +280,11 @@ def _count_all_forwards(model: MorForCausalLM, ranks: Ranks) -> None:
         router.rank, router.num_ranks = ranks.rank, ranks.size
 
 
-def sum_loads(model: MorForCausalLM, ranks: Ranks) -> None:
-    """Give every rank the depths' load on all ranks, before the loss-free bias is moved by it."""
-    load_sum = getattr(model.model.recursion.router, "load_sum", None)
-    if load_sum is not None and model.config.balancing == "loss_free":
-        load_sum.copy_(ranks.sum(load_sum))
+def sum_router_measurements(model: MorForCausalLM, ranks: Ranks) -> None:
+    """Give every rank what the router measured on all ranks, before its bias or its thresholds are moved by it."""
+    router = model.model.recursion.router
+    for measured in () if router is None else router.measurements():
+        measured.copy_(ranks.sum(measured))
 
 
 def choose_parallel(

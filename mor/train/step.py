@@ -15,7 +15,7 @@ from mor.data.loader import Batch
 from mor.model.lm_loss import LmLoss
 from mor.model.modeling_mor import MorCausalLMOutput, MorForCausalLM
 from mor.train.optim import clip_gradients, set_learning_rate
-from mor.train.parallel import OneProcess, Parallel, micro_batches, sum_loads
+from mor.train.parallel import OneProcess, Parallel, micro_batches, sum_router_measurements
 from mor.train.precision import autocast
 from mor.train.state import TrainingState
 from mor.train.window import Window
@@ -107,7 +107,7 @@ def optimizer_step(state: TrainingState, learning_rate: float) -> None:
     set_learning_rate(state.optimizer, learning_rate)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    sum_loads(state.model, state.parallel.ranks)
+    sum_router_measurements(state.model, state.parallel.ranks)
     state.model.update_router_bias()
     state.window.add_step(values | norms)
     state.step += 1

@@ -15,12 +15,13 @@ from mor.model.scoring import score_tokens
 from mor.train.parallel import OneProcess, Parallel
 from mor.train.precision import autocast
 
-WITH_CAPACITIES = ("expert_choice", "random")
+TRAINED_BY_TOP_K = ("expert_choice", "random")
 
 
 def trained_mean_depth(model: MorForCausalLM) -> float | None:
-    """The mean depth that training aims at, for routers with capacities; None for the others."""
-    if model.config.router not in WITH_CAPACITIES:
+    """The mean depth that training aims at, for routers that need a budget to decide causally what training decided by
+    top-k; None for the others."""
+    if model.config.router not in TRAINED_BY_TOP_K:
         return None
     assert model.config.capacities is not None
     return max(1.0, sum(model.config.capacities))
@@ -56,11 +57,11 @@ class Validator:
         return bool(self._calibration_rows)
 
     def evaluate(self, model: MorForCausalLM) -> dict[str, dict[str, float]]:
-        """Scores by decision rule: `causal`, and for routers trained with it `top_k`, whose gap to causal it shows.
+        """Scores by decision rule: `causal`, and for routers that know it `top_k`, whose gap to causal it shows.
 
-        Routers with capacities are calibrated first, to their trained mean depth and on a quarter of the rows, so that
-        the causal thresholds fit the weights of the moment. The model's mode and the random generators are left as they
-        were. Empty without rows to score.
+        Routers that train by top-k are calibrated first, to their trained mean depth and on a quarter of the rows, so
+        that the causal thresholds fit the weights of the moment. The model's mode and the random generators are left as
+        they were. Empty without rows to score.
         """
         with _aside(model), self._parallel.evaluating(model), autocast(model.device, self._dtype):
             depth = trained_mean_depth(model) if self.calibrates else None
@@ -87,7 +88,8 @@ class Validator:
         if not self._rows:
             return {}
         scores = {"causal": self._score(model, "causal", mean_depth)}
-        if model.config.router in WITH_CAPACITIES:
+        router = model.model.recursion.router
+        if router is not None and "top_k" in router.decisions:
             scores["top_k"] = self._score(model, "top_k", None)
         return scores
 

@@ -24,7 +24,7 @@ def budgets_of(calibrated: bool = True, **changes: Any) -> Budgets:
     return Budgets(model.model.recursion.router, model.config.depth_plan)
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "random"])
+@pytest.mark.parametrize("router", ["expert_choice", "threshold_choice", "random"])
 def test_thresholds_stand_in_the_order_of_rows(router: str) -> None:
     budgets = budgets_of(router=router)
     together = budgets.rule([*MANY, MANY[1]])

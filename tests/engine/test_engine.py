@@ -149,7 +149,7 @@ def calibrated(router: str, **changes: Any) -> MorForCausalLM:
 
 
 @pytest.mark.parametrize("kv_cache", KV_CACHES)
-@pytest.mark.parametrize("router", ["none", "expert_choice", "token_choice", "random", "fixed"])
+@pytest.mark.parametrize("router", ["none", "expert_choice", "threshold_choice", "token_choice", "random", "fixed"])
 def test_no_token_takes_more_than_its_limit(router: str, kv_cache: str) -> None:
     """Limits of 1, 2, all and none in the same visits. With all recursions it is as if there were none."""
     draw = random.Random(2)

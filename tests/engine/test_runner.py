@@ -73,7 +73,7 @@ def test_one_visit_serves_all_recursions_at_once(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("kv_cache", KV_CACHES)
-@pytest.mark.parametrize("router", ["expert_choice", "token_choice", "none"])
+@pytest.mark.parametrize("router", ["expert_choice", "threshold_choice", "token_choice", "none"])
 def test_the_block_sees_only_tokens_that_take_it(monkeypatch: pytest.MonkeyPatch, router: str, kv_cache: str) -> None:
     model = tiny_model(router=router, kv_cache=kv_cache, sharing="middle_cycle")
     watched = Watched(engine_of(model, prefix_caching=False), monkeypatch)

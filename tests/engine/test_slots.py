@@ -75,7 +75,7 @@ def test_each_request_has_its_own_mean_depth(router: str, kv_cache: str) -> None
     assert {token.depth for token in stories["3.0"].tokens} == {3}
 
 
-@pytest.mark.parametrize("router", ["none", "expert_choice", "token_choice", "random", "fixed"])
+@pytest.mark.parametrize("router", ["none", "expert_choice", "threshold_choice", "token_choice", "random", "fixed"])
 def test_no_token_takes_more_than_its_limit(router: str) -> None:
     model, prompt = tiny_model(router=router, sharing="middle_cycle"), random_tokens(random.Random(2), 11)
     jobs = [Job(name=f"{most}", prompt=prompt, params=greedy(8, max_recursions=most)) for most in (1, 2, 3, None)]

@@ -28,7 +28,10 @@ def model(router: str = "expert_choice", **options: Any) -> MorForCausalLM:
     }
     if router != "vanilla":
         shape |= {"num_recursions": 3, "sharing": "middle_cycle", "router": router}
-    return MorForCausalLM(MorConfig(**shape | options)).eval()
+    built = MorForCausalLM(MorConfig(**shape | options)).eval()
+    if router == "threshold_choice":
+        built.model.recursion.router.running_thresholds.zero_()  # as if training had moved them
+    return built
 
 
 def calibrated(router: str = "expert_choice", **options: Any) -> MorForCausalLM:

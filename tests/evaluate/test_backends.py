@@ -27,7 +27,7 @@ def both(router: str = "expert_choice", mean_depth: float | None = None) -> list
     return [make_backend(name, built, byte_tokenizer(), **options) for name in ("model", "engine")]
 
 
-@pytest.mark.parametrize("router", ["vanilla", "expert_choice", "token_choice"])
+@pytest.mark.parametrize("router", ["vanilla", "expert_choice", "threshold_choice", "token_choice"])
 def test_log_likelihoods_are_the_models(router: str) -> None:
     built = model(router, **BYTES)
     found = ModelBackend(built, end_of_text=256, batch_size=3).loglikelihoods(PAIRS)

@@ -13,7 +13,9 @@ from tests.evaluate.models import calibrated, model, rows
 TEXT = rows(1, 24)
 
 
-@pytest.mark.parametrize("router", ["vanilla", "none", "expert_choice", "token_choice", "random", "gate"])
+@pytest.mark.parametrize(
+    "router", ["vanilla", "none", "expert_choice", "threshold_choice", "token_choice", "random", "gate"]
+)
 def test_causal_rules_pass(router: str) -> None:
     result = suffix_probe(model(router), TEXT, num_suffixes=200)
     assert result.causal
@@ -28,12 +30,12 @@ def test_causal_rules_pass_with_every_cache(kv_cache: str) -> None:
     assert suffix_probe(model(kv_cache=kv_cache), TEXT, num_suffixes=100).causal
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
+@pytest.mark.parametrize("router", ["expert_choice", "threshold_choice", "token_choice"])
 def test_budgets_are_causal(router: str) -> None:
     assert suffix_probe(calibrated(router), TEXT, mean_depth=1.7, num_suffixes=100).causal
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "random"])
+@pytest.mark.parametrize("router", ["expert_choice", "threshold_choice", "random"])
 def test_top_k_is_caught(router: str) -> None:
     result = suffix_probe(model(router), TEXT, decision="top_k", num_suffixes=200)
     if router == "random":  # its scores ignore the tokens, so only the length of a row could leak

@@ -53,7 +53,7 @@ def test_clustered_error_is_the_usual_one_for_equal_rows() -> None:
     assert clustered_error(sums.tolist(), [4] * 50) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("router", ["vanilla", "expert_choice", "token_choice"])
+@pytest.mark.parametrize("router", ["vanilla", "expert_choice", "threshold_choice", "token_choice"])
 def test_nll_is_cross_entropy_however_rows_are_batched(router: str) -> None:
     built, text = model(router), rows(6, 16)
     with torch.no_grad():

@@ -94,7 +94,7 @@ def test_a_budget_moves_depths() -> None:
     assert low.mean_depth("even") + 1 < high.mean_depth("even")
 
 
-@pytest.mark.parametrize("router", ["none", "expert_choice", "token_choice", "gate"])
+@pytest.mark.parametrize("router", ["none", "expert_choice", "threshold_choice", "token_choice", "gate"])
 def test_keys_are_as_alike_as_the_caches_say(router: str) -> None:
     """Against the keys in a cache, which are rotated: the same angle for the same token leaves the cosine alone."""
     built, row = model(router), rows(1, 24)

@@ -50,7 +50,7 @@ def test_a_row_is_the_same_alone_and_in_a_padded_batch(architecture):
         assert (batch.depths[row, ~real[row]] == 0).all()
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
+@pytest.mark.parametrize("router", ["expert_choice", "threshold_choice", "token_choice"])
 @torch.no_grad()
 def test_budgets_differ_by_row_and_decode_alike(router):
     model, ids = tiny_model(router=router), random_ids(3, SIZE)

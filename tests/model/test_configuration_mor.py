@@ -22,6 +22,8 @@ from tests.tiny import tiny_config
         (dict(router="fixed", fixed_depths=[1, 4]), "depth 4 must lie between 1 and 3"),
         (dict(router="fixed", fixed_depths=[]), "needs fixed_depths"),
         (dict(num_attention_heads=4, num_key_value_heads=3), "not a multiple of num_key_value_heads=3"),
+        (dict(threshold_decay=1.0), r"threshold_decay=1.0 must lie in \[0, 1\)"),
+        (dict(router="threshold_choice", causal_method="aux_router"), "'aux_router' has nothing to imitate"),
         (dict(router="expert_choice", mean_depth=4.0), "mean_depth=4.0 must lie between 1 and num_recursions=3"),
         (dict(num_hidden_layers=0), "must be at least 1"),
         (dict(head_dim=7), "must be even"),
@@ -53,6 +55,9 @@ def test_defaults_follow_the_router():
     expert = tiny_config(router="expert_choice")
     assert (expert.router_activation, expert.router_alpha) == ("sigmoid", 0.1)
     assert expert.capacities == [1.0, 2 / 3, 1 / 3]
+    threshold = tiny_config(router="threshold_choice")
+    assert (threshold.router_activation, threshold.router_alpha) == ("sigmoid", 0.1)
+    assert threshold.capacities == expert.capacities
     token = tiny_config(router="token_choice")
     assert (token.router_activation, token.router_alpha, token.capacities) == ("softmax", 1.0, None)
     assert tiny_config(router="gate").fixed_depths == [3]

@@ -324,6 +324,7 @@ def routed(router: str, **choices: Any) -> dict[str, Any]:
         *(routed("expert_choice", router_architecture=a) for a in ("linear", "mlp", "wide_mlp")),
         routed("expert_choice", causal_method="aux_router", router_architecture="mlp"),
         routed("expert_choice", kv_cache="shared"),
+        routed("threshold_choice", router_architecture="mlp"),
         routed("token_choice"),
         routed("token_choice", router_architecture="mlp", balancing="loss_free"),
         routed("random"),

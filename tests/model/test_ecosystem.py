@@ -12,7 +12,7 @@ from tests.tiny import random_ids, tiny_model
 ROWS = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in random_ids(8, 16)]
 
 
-@pytest.mark.parametrize("router", ["none", "expert_choice", "token_choice"])
+@pytest.mark.parametrize("router", ["none", "expert_choice", "threshold_choice", "token_choice"])
 def test_trainer_trains_and_evaluates(router, tmp_path):
     model = tiny_model(router=router, sharing="middle_cycle")
     before = model.model.recursion.block[0].mlp.up_proj.weight.clone()

@@ -16,7 +16,7 @@ def test_greedy_and_beams_do_not_depend_on_the_cache(architecture):
         assert torch.equal(cached, model.generate(ids, attention_mask=mask, use_cache=False, **SETTINGS, **search))
 
 
-@pytest.mark.parametrize("router", ["none", "expert_choice", "token_choice"])
+@pytest.mark.parametrize("router", ["none", "expert_choice", "threshold_choice", "token_choice"])
 def test_a_padded_row_generates_what_it_generates_alone(router):
     model, ids = tiny_model(router=router, sharing="middle_cycle"), random_ids(2, 9)
     mask = left_padding(4, 0, size=9)

@@ -10,7 +10,7 @@ import torch
 from mor.model.calibrate import calibrate
 from mor.model.modeling_mor import MorForCausalLM
 from mor.model.reference import Reference, reference_forward
-from tests.tiny import KV_CACHES, VOCABULARY, architectures, label, left_padding, random_ids, tiny_model
+from tests.tiny import BUDGET_ROUTERS, KV_CACHES, VOCABULARY, architectures, label, left_padding, random_ids, tiny_model
 
 SIZE = 16
 
@@ -56,7 +56,7 @@ def test_cached_decoding_of_padded_rows_equals_the_oracle(architecture: dict[str
 
 @pytest.mark.parametrize("kv_cache", KV_CACHES)
 @pytest.mark.parametrize("sharing", ["cycle", "middle_cycle"])
-@pytest.mark.parametrize("router", ["expert_choice", "random"])
+@pytest.mark.parametrize("router", ["expert_choice", "threshold_choice", "random"])
 @torch.no_grad()
 def test_top_k_forward_equals_the_oracle(router: str, sharing: str, kv_cache: str) -> None:
     model = tiny_model(router=router, sharing=sharing, kv_cache=kv_cache)
@@ -86,9 +86,12 @@ def test_top_k_forward_equals_the_oracle(router: str, sharing: str, kv_cache: st
     ids=str,
 )
 @pytest.mark.parametrize("decision", ["causal", "top_k"])
+@pytest.mark.parametrize("router", ["expert_choice", "threshold_choice"])
 @torch.no_grad()
-def test_expert_choice_variants_equal_the_oracle(choices: dict[str, Any], decision: str) -> None:
-    model = tiny_model(router="expert_choice", **choices)
+def test_expert_choice_variants_equal_the_oracle(router: str, choices: dict[str, Any], decision: str) -> None:
+    if router == "threshold_choice" and choices.get("causal_method") == "aux_router":
+        choices = choices | {"causal_method": "none"}
+    model = tiny_model(router=router, **choices)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             parameter.add_(torch.randn_like(parameter) / 4)
@@ -128,7 +131,7 @@ def test_control_variants_equal_the_oracle(router: str) -> None:
     compare_forward(tiny_model(router=router, gating="additive"))
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "token_choice", "random"])
+@pytest.mark.parametrize("router", BUDGET_ROUTERS)
 @torch.no_grad()
 def test_budgets_equal_the_oracle(router: str) -> None:
     model = tiny_model(router=router)

@@ -35,7 +35,7 @@ def test_padding_takes_no_place_and_k_counts_real_tokens():
 
 def test_padding_changes_no_loss():
     ids = random_ids(2, 12)
-    for router in ("expert_choice", "token_choice"):
+    for router in ("expert_choice", "threshold_choice", "token_choice"):
         model = tiny_model(router=router, router_z_loss_coef=0.1).train()
         plain = model(ids, labels=ids)
         padded_ids = torch.cat([torch.zeros(2, 5, dtype=torch.long), ids], dim=1)
@@ -131,8 +131,14 @@ def test_fixed_depths_follow_positions():
 
 
 def test_micro_batches_add_up_to_the_batch():
-    for router in ("expert_choice", "token_choice"):
-        model, ids = tiny_model(router=router, router_z_loss_coef=0.1, balancing="none").train(), random_ids(4, 12)
+    for router in ("expert_choice", "threshold_choice", "token_choice"):
+        # what looks at one micro-batch is left out: token-choice's balancing, threshold-choice's auxiliary loss
+        left_out = {
+            "expert_choice": {},
+            "threshold_choice": {"causal_method": "none"},
+            "token_choice": {"balancing": "none"},
+        }
+        model, ids = tiny_model(router=router, router_z_loss_coef=0.1, **left_out[router]).train(), random_ids(4, 12)
         whole = model(ids, labels=ids, num_items_in_batch=ids.numel()).loss
         parts = [model(part, labels=part, num_items_in_batch=ids.numel()).loss for part in ids.split(2)]
         torch.testing.assert_close(sum(parts), whole)

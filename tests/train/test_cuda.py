@@ -17,6 +17,7 @@ ROUTERS = [
     {"router": "none"},
     {"router": "expert_choice"},
     {"router": "expert_choice", "causal_method": "aux_router", "kv_cache": "shared"},
+    {"router": "threshold_choice"},
     {"router": "token_choice", "balancing": "loss_free"},
     {"router": "random"},
 ]
@@ -42,6 +43,7 @@ def test_a_run_trains_and_resumes(tmp_path, shards, model, precision):
     [
         {"router": "expert_choice"},
         {"router": "expert_choice", "kv_cache": "shared"},
+        {"router": "threshold_choice"},
         {"router": "gate"},
         {"router": "fixed", "fixed_depths": [3, 1, 2]},
     ],

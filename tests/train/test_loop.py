@@ -155,6 +155,7 @@ def test_progress_is_told_in_order(run):
         {"router": "none"},
         {"router": "none", "num_recursions": 1, "sharing": "none"},
         {"router": "expert_choice", "causal_method": "aux_router"},
+        {"router": "threshold_choice"},
         {"router": "token_choice", "balancing": "loss_free"},
         {"router": "token_choice"},
         {"router": "random"},
@@ -170,7 +171,7 @@ def test_every_router_trains(tmp_path, shards, model):
     assert math.isfinite(result.evaluation["decisions"]["causal"]["nll"])
     final = MorForCausalLM.from_pretrained(output / "final")
     assert (final.config.mean_depth is None) is (model["router"] not in ("expert_choice", "random"))
-    if model["router"] == "token_choice":
+    if model["router"] in ("threshold_choice", "token_choice"):
         assert not final.model.recursion.router.calibration_mean_depth.isnan().any()
     if model.get("balancing") == "loss_free":
         assert final.model.recursion.router.load_bias.abs().sum() > 0

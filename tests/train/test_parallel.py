@@ -21,6 +21,7 @@ MODELS = {
     "vanilla": {"router": "none", "num_recursions": 1, "sharing": "none"},
     "expert_choice": {"router_architecture": "mlp", "capacity_warmup_steps": 12},
     "auxiliary_router": {"causal_method": "aux_router", "gating": "additive", "kv_cache": "shared"},
+    "threshold_choice": {"router": "threshold_choice"},
     "token_choice": {"router": "token_choice"},
     "loss_free": {"router": "token_choice", "balancing": "loss_free", "balancing_update_rate": 0.05},
 }

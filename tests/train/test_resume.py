@@ -57,6 +57,7 @@ def die():
 MODELS = {
     "expert_choice": {"capacity_warmup_steps": 15, "attention_dropout": 0.1},
     "auxiliary_router": {"causal_method": "aux_router"},
+    "threshold_choice": {"router": "threshold_choice", "capacity_warmup_steps": 7},
     "loss_free": {"router": "token_choice", "balancing": "loss_free", "balancing_update_rate": 0.05},
     "random": {"router": "random"},
     "recursive": {"router": "none"},

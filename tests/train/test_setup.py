@@ -75,7 +75,8 @@ def test_validation_masks_documents_when_training_does(tmp_path, shards, evaluat
 
 
 @pytest.mark.parametrize(
-    ("router", "expected"), [("expert_choice", 2.0), ("random", 2.0), ("token_choice", None), ("gate", None)]
+    ("router", "expected"),
+    [("expert_choice", 2.0), ("random", 2.0), ("threshold_choice", None), ("token_choice", None), ("gate", None)],
 )
 def test_the_default_budget(tmp_path, shards, router, expected):
     options = tiny_options(tmp_path, shards)

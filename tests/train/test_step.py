@@ -16,6 +16,7 @@ ROUTERS = {
     "expert_choice": {"router": "expert_choice", "router_z_loss_coef": 0.1, "router_aux_loss_coef": 0.5},
     "auxiliary_router": {"router": "expert_choice", "causal_method": "aux_router"},
     "shared_kv": {"router": "expert_choice", "kv_cache": "shared"},
+    "threshold_choice": {"router": "threshold_choice", "causal_method": "none", "router_z_loss_coef": 0.1},
     "token_choice": {"router": "token_choice", "balancing": "none", "router_z_loss_coef": 0.1},
     "loss_free": {"router": "token_choice", "balancing": "loss_free"},
     "random": {"router": "random"},

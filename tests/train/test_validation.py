@@ -40,7 +40,7 @@ def test_routers_with_capacities_are_scored_causally_at_their_trained_depth_and_
     assert scores["causal"]["nll"] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "random", "token_choice"])
+@pytest.mark.parametrize("router", ["expert_choice", "threshold_choice", "random", "token_choice"])
 def test_a_full_calibration_opens_every_budget(router):
     model = tiny_model(router=router)
     judge, _ = validator()
@@ -56,6 +56,16 @@ def test_other_routers_have_one_rule(router):
     model = tiny_model(router=router)
     assert trained_mean_depth(model) is None
     assert validator()[0].evaluate(model).keys() == validator()[0].finish(model).keys() == {"causal"}
+
+
+def test_threshold_choice_is_scored_by_its_own_thresholds_and_under_top_k():
+    model = tiny_model(router="threshold_choice")
+    judge, rows = validator()
+    for scores in (judge.evaluate(model), judge.finish(model)):
+        assert scores.keys() == {"causal", "top_k"}
+        assert scores["top_k"]["mean_depth"] == pytest.approx(2.0)
+        expected = sum(float(score_tokens(model, batch).nll_BT.sum()) for batch in rows) / (5 * 23)
+        assert scores["causal"]["nll"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_calibration_the_default_thresholds_are_used():
