@@ -85,12 +85,13 @@ def controls(vocabulary: int) -> Study:
 
 
 def routers(vocabulary: int) -> Study:
-    """Expert-choice and token-choice, and how each is trained."""
+    """Expert-choice, threshold-choice and token-choice, and how each is trained."""
     width = WIDTHS["11m"]
     token: Model = {"router": "token_choice", "router_activation": "softmax"}
     arms = {
         "mor-3": mor(width, vocabulary),
         "auxiliary-router": mor(width, vocabulary, causal_method="aux_router"),
+        "threshold": mor(width, vocabulary, router="threshold_choice"),
         "token-balancing-loss": mor(width, vocabulary, **token, balancing="loss", balancing_loss_coef=0.1),
         "token-loss-free": mor(width, vocabulary, **token, balancing="loss_free"),
     }
