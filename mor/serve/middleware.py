@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 from typing import Any
 
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mor.serve.errors import ApiError, too_large, too_many
 from mor.serve.metrics import Metrics
+from mor.serve.writers import encode
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +33,12 @@ OPEN_FOLDER = "/page/"
 
 
 class JsonResponse(Response):
-    """JSON in ASCII, so that no text of a client can break it, lone surrogates included."""
+    """JSON as `writers.encode` writes it."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+        return encode(content).encode()
 
 
 def error_response(error: ApiError) -> JsonResponse:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from mor.serve.errors import ApiError
 from mor.serve.stream import Piece, Stream
-from mor.serve.writers import Writer
+from mor.serve.writers import Writer, encode
 
 logger = logging.getLogger(__name__)
 
@@ -66,31 +64,61 @@ class EventStream(Response):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._stream, self._writer, self._write_seconds = stream, writer, write_seconds
+        self._writing_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         cut: Callable[[], None] = scope.get("state", {}).get("cut_connection", lambda: None)
         async with until_gone(self._stream, receive):
             try:
-                await self._write(send)
+                async with self._patience():
+                    await self._write(send)
             except TimeoutError:
                 logger.info("a client did not read for %g s; it is cut off", self._write_seconds)
                 cut()
 
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await self._send(send, self._writer.first_chunks())
-        try:
-            while news := await self._stream.next():
-                await self._send(send, self._writer.chunks(news))
-            if not self._stream.is_done:
-                return  # the client is gone
-            await self._send(send, self._writer.last_chunks(), "data: [DONE]\n\n")
-        except ApiError as error:
-            await self._send(send, [error.body()])
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    @asynccontextmanager
+    async def _patience(self) -> AsyncIterator[None]:
+        """Raises TimeoutError when a write takes too long. Looked at now and then: a timer of its own for each of
+        thousands of writes a second would cost as much as they do.
+        """
+        loop = asyncio.get_running_loop()
 
-    async def _send(self, send: Send, chunks: list[dict[str, Any]], after: str = "") -> None:
-        events = "".join(f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n" for chunk in chunks) + after
-        if events:
-            async with asyncio.timeout(self._write_seconds):
-                await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+        def look() -> None:
+            nonlocal timer
+            if self._writing_since is not None and loop.time() - self._writing_since > self._write_seconds:
+                limit.reschedule(loop.time())
+            else:
+                timer = loop.call_later(self._write_seconds / 4, look)
+
+        timer = loop.call_later(self._write_seconds / 4, look)
+        try:
+            async with asyncio.timeout(None) as limit:
+                yield
+        finally:
+            timer.cancel()
+
+    async def _write(self, send: Send) -> None:
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        before = self._writer.first_events()
+        try:
+            while True:
+                news = await self._stream.next()
+                events = before + self._writer.events(news)
+                if self._stream.is_done:
+                    break
+                if not news:
+                    return  # the client is gone
+                await self._send_events(send, events)
+                before = ""
+            events += self._writer.last_events()
+        except ApiError as error:
+            events = f"data: {encode(error.body())}\n\n"
+        await self._send_events(send, events, is_last=True)
+
+    async def _send_events(self, send: Send, events: str, *, is_last: bool = False) -> None:
+        await self._send(send, {"type": "http.response.body", "body": events.encode(), "more_body": not is_last})
+
+    async def _send(self, send: Send, message: Message) -> None:
+        self._writing_since = asyncio.get_running_loop().time()
+        await send(message)
+        self._writing_since = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 from asyncio import TimerHandle, Transport
@@ -136,6 +137,7 @@ async def serve(app: FastAPI, options: ServeOptions, *, log_level: str = "warnin
         failed = server.should_exit = True
 
     announcer = asyncio.create_task(announce())
+    gc.freeze()  # or every thorough collection would go through all that was imported, while clients wait
     try:
         await server.serve()
     finally:

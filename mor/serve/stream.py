@@ -50,7 +50,7 @@ class Stream:
         """News, in order for each choice."""
         if self._is_closed or self._error is not None:
             return
-        self._num_unread += len(piece.news.tokens)
+        self._num_unread += len(piece.news.depths)
         if self._num_unread > self._max_unread:
             self.fail(slow_reader(self._max_unread))
             return
