@@ -247,8 +247,8 @@ def queue(arguments: argparse.Namespace) -> dict[str, object]:
     command = serve_command(arguments, arguments.streams + arguments.long)
     found = measure_queue(command, short, long, seconds=arguments.seconds)
     print(
-        f"{arguments.streams} requests of {arguments.prompt} + {arguments.tokens} tokens under way at any time, alone and "
-        f"beside {arguments.long} of {arguments.long_prompt} + 16; {arguments.seconds:g} s each"
+        f"at any time {arguments.streams} requests of {arguments.prompt} + {arguments.tokens} tokens, alone and beside "
+        f"{arguments.long} of {arguments.long_prompt} + 16; {arguments.seconds:g} s each"
     )
     for name, waits in (("short, alone", found.alone), ("short, beside", found.beside), ("long", found.long)):
         say_waits(name, waits)

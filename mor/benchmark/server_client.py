@@ -4,22 +4,25 @@ little."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Barrier
 from typing import Any
 from urllib.parse import urlsplit
 
 Body = dict[str, Any]
 
+HEAD_START = 0.3
+"""Seconds that processes of clients get to take in their work, so that they begin together."""
+
 
 @dataclass(kw_only=True)
 class Answer:
-    """What came back. `sent`: when the request went out. `times`: of parts that brought events, in seconds since then."""
+    """What came back. `sent`: when the request was. `times`: of parts that brought events, in seconds from then on."""
 
     status: int = 0
     body: bytes = b""
@@ -113,22 +116,39 @@ async def ask(url: str, bodies: Sequence[Body], streams: int) -> list[Answer]:
     return answers
 
 
-def ask_all(url: str, bodies: Sequence[Body], *, streams: int, processes: int = 1) -> list[Answer]:
-    """As `ask`, by `processes` clients that begin together and share the streams."""
-    context = multiprocessing.get_context("spawn")
-    barrier, ends = context.Barrier(processes), list[Connection]()
-    for number in range(processes):
-        ours, theirs = context.Pipe()
-        share = bodies[number::processes], len(range(number, streams, processes))
-        context.Process(target=_client, args=(theirs, barrier, url, *share), daemon=True).start()
-        theirs.close()
-        ends.append(ours)
-    return [answer for end in ends for answer in end.recv()]
+class Clients:
+    """Processes that ask, to be used in a `with`. They start by themselves, while a server does."""
+
+    def __init__(self, processes: int = 1) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ends = list[Connection]()
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            context.Process(target=_client, args=(theirs,), daemon=True).start()
+            theirs.close()
+            self._ends.append(ours)
+
+    def __enter__(self) -> Clients:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for end in self._ends:
+            end.close()
+
+    def ask(self, url: str, bodies: Sequence[Body], *, streams: int) -> list[Answer]:
+        """As the function `ask`: they begin together and share the streams."""
+        size, begin = len(self._ends), time.perf_counter() + HEAD_START
+        for number, end in enumerate(self._ends):
+            end.send((begin, url, bodies[number::size], len(range(number, streams, size))))
+        return [answer for end in self._ends for answer in end.recv()]
 
 
-def _client(end: Connection, barrier: Barrier, url: str, bodies: Sequence[Body], streams: int) -> None:
-    barrier.wait(60)
-    end.send(asyncio.run(ask(url, bodies, streams)))
+def _client(end: Connection) -> None:
+    with contextlib.suppress(EOFError):  # no more work
+        while True:
+            begin, url, bodies, streams = end.recv()
+            time.sleep(max(0.0, begin - time.perf_counter()))
+            end.send(asyncio.run(ask(url, bodies, streams)))
 
 
 async def read_answer(reader: asyncio.StreamReader) -> Answer:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mor.benchmark.server_client import Answer, Body, ask_all, post
+from mor.benchmark.server_client import Answer, Body, ask, post
 from mor.benchmark.server_process import started
 from mor.benchmark.server_throughput import Load, share
 
@@ -43,7 +43,7 @@ def measure_queue(command: Sequence[str], short: Load, long: Load, *, seconds: f
     """
     with started(command) as (url, _):
         for load in (short, long):
-            ask_all(url, load.warming().bodies(), streams=load.streams)
+            asyncio.run(ask(url, load.warming().bodies(), load.streams))
         (alone,) = asyncio.run(_keep_asking(url, [short], seconds))
         beside, queued = asyncio.run(_keep_asking(url, [short, long], seconds))
     return Queue(alone=alone, beside=beside, long=queued)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mor.benchmark.server_client import Answer, Body, ask_all
+from mor.benchmark.server_client import Answer, Body, Clients
 from mor.benchmark.server_process import cpu_seconds, started
 from mor.engine.engine import Engine
 from mor.engine.options import EngineOptions
@@ -114,14 +114,14 @@ def _measure_offline(engine: Engine, load: Load) -> Measured:
 
 def measure_server(command: Sequence[str], load: Load, *, processes: int = 1, rounds: int = 1) -> list[Measured]:
     """The same requests over HTTP, streamed, to the server that `command` starts; `processes` clients ask them."""
-    with started(command) as (url, pids):
-        ask_all(url, load.warming().bodies(), streams=load.streams, processes=processes)
-        return [_measure_server(url, pids, load, processes) for _ in range(rounds)]
+    with Clients(processes) as clients, started(command) as (url, pids):
+        clients.ask(url, load.warming().bodies(), streams=load.streams)
+        return [_measure_server(url, pids, load, clients) for _ in range(rounds)]
 
 
-def _measure_server(url: str, pids: Sequence[int], load: Load, processes: int) -> Measured:
+def _measure_server(url: str, pids: Sequence[int], load: Load, clients: Clients) -> Measured:
     before = [cpu_seconds(pid) for pid in pids]
-    answers = ask_all(url, load.bodies(), streams=load.streams, processes=processes)
+    answers = clients.ask(url, load.bodies(), streams=load.streams)
     server, engine = (cpu_seconds(pid) - was for pid, was in zip(pids, before))
     return summarise(answers, server_cpu=server, engine_cpu=engine)
 
