@@ -1,6 +1,7 @@
 """The server measured: beside the engine alone, on an engine that costs nothing, under long prompts, and in a crowd.
 
 python -m bench.serving throughput MODEL [--streams 32 --requests 128 --tokens 100 --prompt 32]
+python -m bench.serving profile MODEL --profile FILE
 python -m bench.serving stub [--streams 256 --requests 768 --tokens 256 --piece 8 --beat 0.02]
 python -m bench.serving queue MODEL [--streams 8 --long 8 --long-prompt 1024 --seconds 20]
 python -m bench.serving crowd MODEL [--clients 1000 --seconds 120]
@@ -134,29 +135,37 @@ def run_server(source: EngineSource, tokenizer: Any, max_running: int) -> None:
 
 def throughput(arguments: argparse.Namespace) -> dict[str, object]:
     """The engine alone, then the server, on the same requests, by turns: other work on the machine strikes both."""
-    load, rounds, ratios = load_of(arguments, vocabulary(arguments.model)), list[object](), list[float]()
+    load, rounds = load_of(arguments, vocabulary(arguments.model)), list[dict[str, Any]]()
     print(
         f"{arguments.streams} streams, {arguments.requests} requests of {arguments.prompt} + {arguments.tokens} tokens"
     )
     turns, each = (
         (1, arguments.rounds) if torch.cuda.is_available() else (arguments.rounds, 1)
-    )  # there a start takes the longest
+    )  # there it starts slowly
     for _ in range(turns):
         alone = _offline(arguments, each)
         command = serve_command(arguments, arguments.streams)
-        served = measure_server(command, load, processes=arguments.processes, rounds=each)
-        for engine, server in zip(alone, served, strict=True):
-            ratios.append(server.tokens_per_second / engine.tokens_per_second)
-            rounds.append({"engine": asdict(engine), "server": asdict(server), "ratio": ratios[-1]})
+        for engine, server in zip(
+            alone, measure_server(command, load, processes=arguments.processes, rounds=each), strict=True
+        ):
+            ratio = server.tokens_per_second / engine.tokens_per_second
+            rounds.append({"engine": asdict(engine), "server": asdict(server), "ratio": ratio})
             say("engine", engine)
             say("server", server)
-            print(f"ratio {ratios[-1]:.2f}", flush=True)
-    median, busy = statistics.median(ratios), os.getloadavg()[0]
+            print(f"ratio {ratio:.2f}", flush=True)
+    median, busy = statistics.median(found["ratio"] for found in rounds), os.getloadavg()[0]
     print(f"ratio, median: {median:.2f}; load of the machine: {busy:.1f}")
-    if arguments.profile:
-        show_profile(f"{arguments.profile}.server")
-        show_profile(f"{arguments.profile}.engine")
     return {"ratio": median, "load": busy, "rounds": rounds}
+
+
+def profile(arguments: argparse.Namespace) -> dict[str, object]:
+    """What takes the time of the server's process, and of the engine's."""
+    load, command = load_of(arguments, vocabulary(arguments.model)), serve_command(arguments, arguments.streams)
+    for measured in measure_server(command, load, processes=arguments.processes):
+        say("server, slowed by profilers,", measured)
+    for part in ("server", "engine"):
+        show_profile(f"{arguments.profile}.{part}")
+    return {}
 
 
 def _offline(arguments: argparse.Namespace, rounds: int) -> list[Measured]:
@@ -271,7 +280,7 @@ def crowd(arguments: argparse.Namespace) -> dict[str, object]:
     return report
 
 
-MEASUREMENTS = {"throughput": throughput, "stub": stub, "queue": queue, "crowd": crowd}
+MEASUREMENTS = {"throughput": throughput, "profile": profile, "stub": stub, "queue": queue, "crowd": crowd}
 SERVANTS = {"offline": offline, "server": server, "stub-server": stub_server}
 
 if __name__ == "__main__":
