@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from mor.serve.errors import ApiError
 from mor.serve.stream import Piece, Stream
 from mor.serve.writers import Writer, encode
-
-logger = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):
@@ -54,51 +51,22 @@ async def read_all(stream: Stream, request: Request) -> list[Piece]:
 class EventStream(Response):
     """Server-sent events: each chunk as it comes, `[DONE]` at the end, an error in between if need be.
 
-    What has come while the client was not ready goes out together. A client that does not take what is written to it
-    within `write_seconds` is cut off.
+    What has come while the client was not ready goes out together.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: Stream, writer: Writer, *, write_seconds: float) -> None:
+    def __init__(self, stream: Stream, writer: Writer) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._stream, self._writer, self._write_seconds = stream, writer, write_seconds
-        self._writing_since: float | None = None
+        self._stream, self._writer = stream, writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cut: Callable[[], None] = scope.get("state", {}).get("cut_connection", lambda: None)
         async with until_gone(self._stream, receive):
-            try:
-                async with self._patience():
-                    await self._write(send)
-            except TimeoutError:
-                logger.info("a client did not read for %g s; it is cut off", self._write_seconds)
-                cut()
-
-    @asynccontextmanager
-    async def _patience(self) -> AsyncIterator[None]:
-        """Raises TimeoutError when a write takes too long. Looked at now and then: a timer of its own for each of
-        thousands of writes a second would cost as much as they do.
-        """
-        loop = asyncio.get_running_loop()
-
-        def look() -> None:
-            nonlocal timer
-            if self._writing_since is not None and loop.time() - self._writing_since > self._write_seconds:
-                limit.reschedule(loop.time())
-            else:
-                timer = loop.call_later(self._write_seconds / 4, look)
-
-        timer = loop.call_later(self._write_seconds / 4, look)
-        try:
-            async with asyncio.timeout(None) as limit:
-                yield
-        finally:
-            timer.cancel()
+            await self._write(send)
 
     async def _write(self, send: Send) -> None:
-        await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         before = self._writer.first_events()
         try:
             while True:
@@ -108,17 +76,12 @@ class EventStream(Response):
                     break
                 if not news:
                     return  # the client is gone
-                await self._send_events(send, events)
+                await self._send(send, events)
                 before = ""
             events += self._writer.last_events()
         except ApiError as error:
             events = f"data: {encode(error.body())}\n\n"
-        await self._send_events(send, events, is_last=True)
+        await self._send(send, events, is_last=True)
 
-    async def _send_events(self, send: Send, events: str, *, is_last: bool = False) -> None:
-        await self._send(send, {"type": "http.response.body", "body": events.encode(), "more_body": not is_last})
-
-    async def _send(self, send: Send, message: Message) -> None:
-        self._writing_since = asyncio.get_running_loop().time()
-        await send(message)
-        self._writing_since = None
+    async def _send(self, send: Send, events: str, *, is_last: bool = False) -> None:
+        await send({"type": "http.response.body", "body": events.encode(), "more_body": not is_last})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,6 +104,27 @@ def test_options_are_checked(wrong: dict[str, Any], says: str) -> None:
 )
 def test_who_can_reach_a_host(host: str, public: bool) -> None:
     assert ServeOptions(model_name="m", host=host).is_public is public
+
+
+@pytest.mark.parametrize(
+    ("origin", "may"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("http://localhost:3000", True),
+        ("http://[::1]:8000", True),
+        ("https://page.example", True),
+        ("https://evil.example", False),
+        ("http://127.0.0.1.evil.example:8000", False),
+        ("http://localhost@evil.example", False),
+        ("http://[bad", False),
+        ("null", False),
+    ],
+)
+def test_which_pages_may_ask_a_server_of_this_machine(origin: str, may: bool) -> None:
+    here = ServeOptions(model_name="m", cors_origins=("https://page.example",))
+    assert here.may_ask(origin) is may
+    for open_to_all in (dict(api_key="k"), dict(host="0.0.0.0"), dict(cors_origins=("*",))):
+        assert replace(here, **open_to_all).may_ask(origin)
 
 
 def test_speed_is_that_of_the_last_ten_seconds() -> None:
