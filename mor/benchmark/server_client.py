@@ -95,7 +95,7 @@ async def post(url: str, path: str, body: Body | bytes) -> Answer:
     """Send a request and read the whole answer. Raises OSError when the connection fails."""
     parts, request = urlsplit(url), request_bytes(url, path, body)
     transport, exchange = await asyncio.get_running_loop().create_connection(
-        lambda: _Exchange(request), parts.hostname, parts.port
+        lambda: _Exchange(request), parts.hostname or "", parts.port or 80
     )
     try:
         return await exchange.answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ def log_of(runs: list[bytes], *, stop: tuple[str, ...] = (), hide_last: bool = F
 def ends_of(runs: list[bytes]) -> list[tuple[int, int]]:
     """Where each run begins and ends."""
     sizes = [sum(map(len, runs[:count])) for count in range(len(runs) + 1)]
-    return list(zip(sizes, sizes[1:]))
+    return list(pairwise(sizes))
 
 
 @given(RUNS, st.booleans(), st.sampled_from([(), ("b",)]))
