@@ -95,10 +95,11 @@ def controls(vocabulary: int) -> Study:
 
 
 def routers(vocabulary: int) -> Study:
-    """Expert-choice and token-choice, and how each is trained."""
+    """Expert-choice, threshold-choice and token-choice, and how each is trained."""
     width = WIDTHS[SIZE]
     arms = {
         "mor-3": mor(width, vocabulary),
+        "threshold-choice": mor(width, vocabulary, router="threshold_choice"),
         "auxiliary-router": mor(width, vocabulary, causal_method="aux_router"),
         "calibration-only": mor(width, vocabulary, causal_method="none"),
         "token-balancing-loss": mor(width, vocabulary, **TOKEN_CHOICE, balancing="loss", balancing_loss_coef=0.1),

@@ -68,6 +68,7 @@ def test_results_hold_quality_cost_and_origin(finished: Places, small: Study) ->
     assert found["own"]["gap"]["nll"] != 0
     assert found["fixed"]["decision"] == "causal"
     assert [point["recursions"] for point in found["scaling"]] == [1, 2, 3]
+    assert found["probe"]["causal"] and found["probe"]["num_suffixes"] == 32
     assert found["training"]["tokens"] == 12 * 4 * 64
     assert found["training"]["peak_memory_gib"] > 0
     assert [tokens for tokens, _ in found["curve"]][-1] == 12 * 4 * 64
