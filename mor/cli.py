@@ -43,7 +43,8 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(module="convert", summary="convert Llama-family or the authors' checkpoints"),
     "data": Command(module="data", summary="make token shards, train a tokenizer, or look into shards"),
     "bench": Command(module="bench", summary="measure tokens per second of models in the engine"),
-    "study": Command(module="study", summary="run a declared grid of training runs, and make its table and figures"),
+    "study": Command(module="study", summary="run declared grids of training runs"),
+    "results": Command(module="results", summary="make tables and figures of studies from stored results"),
     "recipes": Command(module="recipes", summary="list the runs that train knows by name"),
 }
 

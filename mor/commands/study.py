@@ -3,7 +3,8 @@
 mor study                                    lists them
 mor study twins controls --data shards --held-out val-shards --out studies
 mor study all --data shards --jobs 12 --minutes 9    in 12 processes, on all GPUs in turn; the same command goes on
-mor study twins --out studies --report       only writes the table and figures again, from stored results
+
+Tables and figures of all that is done are then in OUT/report; `mor results OUT` writes them again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", help="processes that train at a time, on all GPUs in turn")
     parser.add_argument("--minutes", type=float, metavar="M", help="stop after so long, to go on later")
     parser.add_argument("--plan", action="store_true", help="print the runs and what they cost, and run nothing")
-    parser.add_argument("--report", action="store_true", help="only write table and figures, from stored results")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,13 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         _plan(studies)
         return 0
-    outcome = None if arguments.report else _train(studies, arguments)
-    written = _write_reports(studies, Path(arguments.out))
-    if outcome is not None:
-        return _tell(outcome)
-    if not written:
-        raise ValueError(f"{arguments.out} holds no result of {', '.join(study.name for study in studies)} yet")
-    return 0
+    outcome = _train(studies, arguments)
+    _write_report(Path(arguments.out))
+    return _tell(outcome)
 
 
 def _chosen(arguments: argparse.Namespace) -> list[Study]:
@@ -85,25 +81,23 @@ def _tell(outcome: StudyOutcome) -> int:
     return 1 if outcome.failed else 0
 
 
-def _write_reports(studies: list[Study], out: Path) -> int:
-    """Of studies that have results; how many have."""
+def _write_report(out: Path) -> None:
     from mor.study.report import write_report
-    from mor.study.results import read_results
+    from mor.study.stored import read_place
 
-    found = [study for study in studies if read_results(study, out)]
-    for study in found:
-        print(f"table: {write_report(study, out)}")
-    return len(found)
+    found = read_place(out)
+    if any(findings.results for findings in found.values()):
+        print(f"tables: {write_report(found, out / 'report')}")
 
 
 def _vocabulary(arguments: argparse.Namespace) -> int:
-    """Of the data, or else of what is stored."""
+    """Of the data, or else of what is there."""
     from mor.data.manifest import read_manifest
-    from mor.study.results import stored_vocabulary
+    from mor.study.results import found_vocabulary
 
     if arguments.data is not None:
         return read_manifest(arguments.data).vocabulary_size
-    return stored_vocabulary(Path(arguments.out)) or 8192
+    return found_vocabulary(Path(arguments.out))
 
 
 def _list() -> None:

@@ -34,4 +34,7 @@ def _sample(line: Series, x: int, y: int) -> str:
     dash = arm_dash(line.arm)
     dashes = f' stroke-dasharray="{dash}"' if dash else ""
     path = f'<path class="line {arm_class(line.arm)}" d="M{x} {y}H{x + 28}"{dashes}/>'
+    if not line.joined:
+        kind, radius = ("line ring", 5) if line.rings else ("dot", 3.5)
+        path = f'<circle class="{kind} {arm_class(line.arm)}" cx="{x + 14}" cy="{y}" r="{radius}"/>'
     return path + f'<text x="{x + 36}" y="{y + 4}">{escape(line.name)}</text>'

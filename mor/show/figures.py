@@ -7,7 +7,8 @@ its size; a page for two screen widths draws it twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -19,13 +20,18 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line: its points in x order, its arm number (colour and dash), and whether it is thin or has dots."""
+    """One line: its points in x order, its arm number (colour and dash), and whether it is thin or has dots.
+
+    `rings`: dots that are not filled. `joined`: whether there is a line between the points.
+    """
 
     name: str
     points: tuple[Point, ...]
     arm: int = 0
     thin: bool = False
     dots: bool = False
+    rings: bool = False
+    joined: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +55,28 @@ class Frame:
 
 
 def line_chart(
-    series: Sequence[Series], *, title: str, x_label: str, y_label: str, width: int = 640, height: int = 320
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    width: int = 640,
+    height: int = 320,
+    x_format: Callable[[float], str] = compact,
 ) -> str:
-    """Lines over a light grid. The y axis covers the drawn values, not zero: losses live in a narrow band.
+    """Lines over a light grid. The y axis covers the drawn values, not zero: losses live in a narrow band. `x_format`:
+    how numbers stand below the x axis.
 
     Raises ValueError when no series has a point.
     """
     points = [point for line in series for point in line.points]
     if not points:
         raise ValueError(f"the figure {title!r} has no points")
-    frame = Frame(width=width, height=height, x_range=_padded([x for x, _ in points], 0.0), y_range=y_band(series))
+    beside = 0.0 if all(line.joined for line in series) else 0.03  # what stands alone is not cut at the edge
+    x_range = _padded([x for x, _ in points], beside)
+    frame = Frame(width=width, height=height, x_range=x_range, y_range=y_band(series))
     lines = "".join(_line(frame, line) for line in reversed(series))
-    return _svg(frame, title, _axes(frame, x_label, y_label) + lines)
+    return _svg(frame, title, _axes(frame, x_label, y_label, x_format) + lines)
 
 
 def bar_chart(counts: Sequence[int], *, title: str, width: int = 640) -> str:
@@ -137,21 +153,27 @@ def _score_row(frame: Frame, bins: Sequence[int], threshold: float, index: int, 
     return name + bars + axis + rule + f'<text x="{right}" y="{high:.1f}" text-anchor="end">{says}</text>'
 
 
-def _axes(frame: Frame, x_label: str, y_label: str) -> str:
+def _axes(frame: Frame, x_label: str, y_label: str, x_format: Callable[[float], str]) -> str:
     narrow = frame.width < 480
     parts = [f'<text x="2" y="13">{escape(y_label)}</text>']
-    for value in ticks(*frame.y_range, target=5):
+    heights = ticks(*frame.y_range, target=5)
+    digits = next((d for d in (3, 4, 5) if all(_fits(value, d) for value in heights)), 6)
+    for value in heights:
         y = frame.y(value)
         parts.append(
             f'<path class="grid" d="M{frame.left} {y:.1f}H{frame.width - frame.right}"/>'
-            f'<text x="{frame.left - 8}" y="{y + 4:.1f}" text-anchor="end">{compact(value)}</text>'
+            f'<text x="{frame.left - 8}" y="{y + 4:.1f}" text-anchor="end">{compact(value, digits=digits)}</text>'
         )
     base = frame.height - frame.bottom
     for value in ticks(*frame.x_range, target=4 if narrow else 7):
-        parts.append(f'<text x="{frame.x(value):.1f}" y="{base + 17}" text-anchor="middle">{compact(value)}</text>')
+        parts.append(f'<text x="{frame.x(value):.1f}" y="{base + 17}" text-anchor="middle">{x_format(value)}</text>')
     middle = (frame.left + frame.width - frame.right) / 2
     parts.append(f'<text x="{middle:.1f}" y="{frame.height - 4}" text-anchor="middle">{escape(x_label)}</text>')
     return "".join(parts)
+
+
+def _fits(value: float, digits: int) -> bool:
+    return math.isclose(float(f"{value:.{digits}g}"), value, abs_tol=1e-12)
 
 
 def _line(frame: Frame, series: Series) -> str:
@@ -162,10 +184,11 @@ def _line(frame: Frame, series: Series) -> str:
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     thin = " thin" if series.thin else ""
     dash = "" if series.thin else _dash(series.arm)
-    parts = [f'<path class="line {arm_class(series.arm)}{thin}" d="{path}"{dash}/>']
-    if series.dots:
+    parts = [f'<path class="line {arm_class(series.arm)}{thin}" d="{path}"{dash}/>'] if series.joined else []
+    if series.dots or series.rings:
+        kind, radius = ("line ring", 5) if series.rings else ("dot", 3.5)
         parts += [
-            f'<circle class="dot {arm_class(series.arm)}" cx="{px:.1f}" cy="{py:.1f}" r="3.5">'
+            f'<circle class="{kind} {arm_class(series.arm)}" cx="{px:.1f}" cy="{py:.1f}" r="{radius}">'
             f"<title>{escape(series.name)}: {compact(y)} at {compact(x)}</title></circle>"
             for (px, py), (x, y) in zip(places, points, strict=True)
         ]

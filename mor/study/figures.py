@@ -1,105 +1,166 @@
-"""The figures of a study, from its stored results alone: SVG files that need no GPU and no model."""
+"""The figures of studies, from stored results alone: SVG that needs no GPU and no model."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mor.show.figure_key import with_key
 from mor.show.figures import Point, Series, line_chart
+from mor.show.numbers import compact, count
 from mor.show.page import svg_file
-from mor.study.fits import Optimum, fit_optimum
+from mor.show.palette import ARM_COLORS, ARM_DASHES
+from mor.study.depth_tables import EDGE, TOLERANCE, deviations, dial_arms
 from mor.study.grid import Study
-from mor.study.results import Result, own
-from mor.study.studies import WIDTHS
+from mor.study.isoflop import IsoflopFit, isoflop_fits
+from mor.study.results import Findings, Result, own
+
+ARM_NUMBERS = {"mor-3": 0, "vanilla": 1, "recursive-3": 2, "recursive-2": 3, "mor-2": 4, "mor-4": 5}
+OTHERS_FROM = 3
+NLL = "NLL, nats"
 
 
-def study_figures(study: Study, results: Sequence[Result]) -> dict[str, str]:
-    """SVG files by name, of those figures that the results hold points for."""
-    drawn = {f"curves-{budget}.svg": _curves(study, results, budget) for budget in _budgets(results)}
-    drawn |= {f"dial-{budget}.svg": _dial(study, results, budget) for budget in _budgets(results)}
-    drawn |= {"pareto.svg": _pareto(study, results), "isoflop.svg": _isoflop(results)}
-    return {name: svg_file(figure) for name, figure in drawn.items() if figure is not None}
+def arm_number(arm: str, study: Study) -> int:
+    """Colour and dash of an arm: vanilla, recursive and MoR models look alike in all figures."""
+    if arm in ARM_NUMBERS:
+        return ARM_NUMBERS[arm]
+    taken = {ARM_NUMBERS[other] for other in study.arms if other in ARM_NUMBERS}
+    others = [other for other in study.arms if other not in ARM_NUMBERS]
+    free = [number for number in range(OTHERS_FROM, OTHERS_FROM + 2 * len(study.arms)) if number not in taken]
+    return free[others.index(arm)]
 
 
-def isoflop_points(results: Sequence[Result]) -> dict[tuple[str, str], list[Point]]:
-    """(non-embedding parameters, causal NLL) by kind of arm and budget, for arms named `KIND-SIZE`."""
-    points: dict[tuple[str, str], list[Point]] = {}
-    for result in results:
-        kind, _, size = result["arm"].rpartition("-")
-        if kind and size in WIDTHS:
-            place = points.setdefault((kind, result["budget"]), [])
-            place.append((float(result["parameters"]["non_embedding"]), own(result)["nll"]))
-    return points
-
-
-def optima(results: Sequence[Result]) -> dict[tuple[str, str], Optimum]:
-    """The fitted optimum of each kind and budget that has one."""
-    fits = {key: fit_optimum(points) for key, points in isoflop_points(results).items()}
-    return {key: fit for key, fit in fits.items() if fit is not None}
-
-
-def _curves(study: Study, results: Sequence[Result], budget: str) -> str | None:
+def curves(findings: Findings, budget: str) -> str | None:
+    """NLL while training, mean over seeds."""
     series = []
-    for number, arm in enumerate(study.arms):
-        runs = [dict(r["curve"]) for r in _of(results, arm, budget) if r["curve"]]
+    for arm in findings.study.arms:
+        runs = [dict(r["curve"]) for r in findings.of(arm, budget) if r["curve"]]
         if runs:
             shared = sorted(set.intersection(*(set(run) for run in runs)))
             points = tuple((float(tokens), statistics.fmean(run[tokens] for run in runs)) for tokens in shared)
-            series.append(Series(name=arm, arm=number, points=points, dots=True))
-    return _chart(series, "causal NLL while training, mean over seeds", "training tokens")
+            series.append(Series(name=arm, arm=arm_number(arm, findings.study), points=points, dots=True))
+    return _chart(series, f"causal NLL while training, {_words(budget)}, mean over seeds", "training tokens")
 
 
-def _dial(study: Study, results: Sequence[Result], budget: str) -> str | None:
+def pareto(findings: Findings) -> str | None:
+    """NLL by FLOPs per token: a ring at equal tokens, a dot at equal FLOPs."""
     series = []
-    for number, arm in enumerate(study.arms):
-        places: dict[float | None, list[Point]] = {}
-        for result in _of(results, arm, budget):
-            for e in (own(result), *result["dial"]):
-                places.setdefault(e["requested"], []).append((e["mean_depth"], e["nll"]))
-        if len(places) > 1:
-            points = sorted(_middle(group) for group in places.values())
-            series.append(Series(name=arm, arm=number, points=tuple(points), dots=True))
+    for arm in findings.study.arms:
+        number = arm_number(arm, findings.study)
+        for budget in findings.budgets:
+            group = [(own(r)["flops_per_token"], own(r)["nll"]) for r in findings.of(arm, budget)]
+            if group:
+                is_last = budget == findings.last_budget
+                points = (_middle(group),)
+                name = arm if is_last else f"{arm}, {_words(budget)}"
+                series.append(
+                    Series(name=name, arm=number, points=points, joined=False, dots=is_last, rings=not is_last)
+                )
+    return _chart(series, "quality against cost, mean over seeds", "forward FLOPs per token")
+
+
+def thresholds(findings: Findings) -> str | None:
+    """Each router's dial, and as a ring the same models under fixed thresholds."""
+    series = []
+    for arm in findings.study.arms:
+        group = [result for result in findings.of(arm, findings.last_budget) if result["fixed"] is not None]
+        if group:
+            number = arm_number(arm, findings.study)
+            fixed = _middle([(result["fixed"]["mean_depth"], result["fixed"]["nll"]) for result in group])
+            series.append(Series(name=arm, arm=number, points=_dial(group), dots=True))
+            series.append(Series(name=f"{arm}, fixed", arm=number, points=(fixed,), rings=True, joined=False))
+    return _chart(series, "calibrated thresholds and fixed ones, mean over seeds", "mean depth measured")
+
+
+def dial(found: Mapping[str, Findings]) -> str | None:
+    """NLL of one model by mean depth."""
+    series = [
+        Series(name=arm, arm=arm_number(arm, findings.study), points=_dial(group), dots=True)
+        for findings, arm, group in dial_arms(found)
+    ]
     return _chart(series, "one model, many depths: causal NLL, mean over seeds", "mean depth measured")
 
 
-def _pareto(study: Study, results: Sequence[Result]) -> str | None:
+def asked(found: Mapping[str, Findings]) -> str | None:
+    """How far mean depths are from those asked for, the worst of the seeds, between lines at 2%."""
     series = []
-    for number, arm in enumerate(study.arms):
-        points = []
-        for budget in _budgets(results):
-            group = [(own(r)["flops_per_token"], own(r)["nll"]) for r in _of(results, arm, budget)]
-            points += [_middle(group)] if group else []
-        series.append(Series(name=arm, arm=number, points=tuple(sorted(points)), dots=True))
-    return _chart(series, "quality against cost: causal NLL, mean over seeds", "forward FLOPs per token")
-
-
-def _isoflop(results: Sequence[Result]) -> str | None:
-    series, fits = [], optima(results)
-    for number, ((kind, budget), points) in enumerate(sorted(isoflop_points(results).items())):
-        logs = tuple(sorted((math.log10(x), y) for x, y in points))
-        series.append(Series(name=f"{kind} at {budget}", arm=number, points=logs, dots=True))
-        if (fit := fits.get((kind, budget))) is not None:
-            low, high = logs[0][0], logs[-1][0]
-            xs = [low + (high - low) * step / 24 for step in range(25)]
-            curve = tuple((x, fit.at(10**x)) for x in xs)
-            series.append(Series(name=f"fit to {kind} at {budget}", arm=number, points=curve, thin=True))
-    return _chart(series, "isoFLOP: causal NLL by size, thin: fitted parabolas", "log10 of non-embedding parameters")
-
-
-def _chart(series: Sequence[Series], title: str, x_label: str) -> str | None:
+    for findings, arm, group in dial_arms(found):
+        places: dict[float, list[float]] = {}
+        for depth, error in (pair for result in group for pair in deviations(result)):
+            places.setdefault(depth, []).append(100 * error)
+        points = tuple((depth, max(errors, key=abs)) for depth, errors in sorted(places.items()))
+        series.append(Series(name=arm, arm=arm_number(arm, findings.study), points=points, dots=True))
     if not any(line.points for line in series):
         return None
-    return with_key(line_chart(series, title=title, x_label=x_label, y_label="NLL, nats"), series)
+    most = max(x for line in series for x, _ in line.points)
+    for limit in (-100 * TOLERANCE, 100 * TOLERANCE):
+        series.append(Series(name="", arm=1, points=((1 + EDGE, limit), (most, limit)), thin=True))
+    return _chart(series, "measured mean depth against the one asked for", "mean depth asked for", "deviation, %")
 
 
-def _budgets(results: Sequence[Result]) -> list[str]:
-    return list(dict.fromkeys(result["budget"] for result in results))
+def scaling(findings: Findings) -> str | None:
+    """NLL by number of recursions, which all tokens take; a ring at the number that was trained."""
+    series = []
+    for arm in findings.study.arms:
+        group = [result for result in findings.of(arm, findings.last_budget) if result["scaling"]]
+        if group:
+            number, steps = arm_number(arm, findings.study), group[0]["scaling"]
+            points = tuple(
+                (float(step["recursions"]), statistics.fmean(r["scaling"][n]["nll"] for r in group))
+                for n, step in enumerate(steps)
+            )
+            trained = points[sum(step["is_trained"] for step in steps) - 1]
+            series.append(Series(name=arm, arm=number, points=points, dots=True))
+            series.append(Series(name="", arm=number, points=(trained,), thin=True, rings=True, joined=False))
+    return _chart(series, "every token takes as many recursions; ring: as trained", "recursions")
 
 
-def _of(results: Sequence[Result], arm: str, budget: str) -> list[Result]:
-    return [result for result in results if (result["arm"], result["budget"]) == (arm, budget)]
+def isoflop(findings: Findings) -> str | None:
+    """NLL by size at each budget, with fitted parabolas; where none fits, points are joined."""
+    series, fits = [], isoflop_fits(findings)
+    budgets = list(dict.fromkeys(fit.budget for fit in fits))
+    for fit in fits:
+        number = _dashed(ARM_NUMBERS[fit.kind], budgets.index(fit.budget))
+        logs = tuple((math.log10(x), y) for x, y in fit.points)
+        line = logs if fit.optimum is None else _parabola(fit)
+        series.append(Series(name=f"{fit.kind} at {fit.budget}", arm=number, points=line))
+        series.append(Series(name="", arm=number, points=logs, thin=True, dots=True, joined=False))
+    title = "isoFLOP: causal NLL by size, with fitted parabolas"
+    return _chart(series, title, "non-embedding parameters", x_format=lambda log: count(10**log, digits=2))
+
+
+def _dashed(number: int, dash: int) -> int:
+    """A number of the same colour with the dashes number `dash`."""
+    colors = len(ARM_COLORS["light"])
+    return number + colors * ((dash - number) % len(ARM_DASHES))
+
+
+def _parabola(fit: IsoflopFit) -> tuple[Point, ...]:
+    assert fit.optimum is not None
+    low, high = math.log10(fit.points[0][0]), math.log10(fit.points[-1][0])
+    places = [low + (high - low) * step / 24 for step in range(25)]
+    return tuple((x, fit.optimum.at(10**x)) for x in places)
+
+
+def _dial(group: Sequence[Result]) -> tuple[Point, ...]:
+    places: dict[float, list[Point]] = {}
+    for e in (e for result in group for e in result["dial"]):
+        places.setdefault(e["requested"], []).append((e["mean_depth"], e["nll"]))
+    return tuple(sorted(_middle(points) for points in places.values()))
+
+
+def _chart(
+    series: Sequence[Series], title: str, x_label: str, y_label: str = NLL, x_format: Callable[[float], str] = compact
+) -> str | None:
+    if not any(line.points for line in series):
+        return None
+    figure = line_chart(series, title=title, x_label=x_label, y_label=f"{title}: {y_label}", x_format=x_format)
+    return svg_file(with_key(figure, series))
+
+
+def _words(budget: str) -> str:
+    return budget.replace("-", " ").replace("flops", "FLOPs")
 
 
 def _middle(points: Sequence[Point]) -> Point:

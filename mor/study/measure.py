@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mor.config import to_dict
+from mor.evaluate.causality import suffix_probe
 from mor.evaluate.evaluation import Evaluation, evaluate_text
 from mor.evaluate.perplexity import measure_quality, token_byte_lengths
 from mor.evaluate.recursion_scaling import can_scale, recursion_scaling
@@ -25,8 +28,9 @@ from mor.study.provenance import provenance
 from mor.train.journal import read_journal
 from mor.train.options import RunOptions
 
-VERSION = 2
+VERSION = 3
 ROWS = {"cuda": 64, "cpu": 8}  # scored at a time
+PROBE_TOKENS, PROBE_SUFFIXES = 128, 32
 
 
 def measure_run(run: StudyRun, options: RunOptions, places: Places, *, jobs: int = 1) -> dict[str, Any]:
@@ -68,7 +72,8 @@ def measure_model(
 
     `own`: at the model's own budget, with the gap to `top_k`. `dial`: at other budgets. `fixed`: under the rule of a
     model without thresholds, 0.5, and None where there is no such choice. `scaling`: when every token takes the same
-    number of recursions, by that number.
+    number of recursions, by that number. `probe`: whether changed suffixes moved earlier predictions, which they must
+    not.
     """
     size = ROWS["cuda" if model.device.type == "cuda" else "cpu"]
     few_NT = text.rows_NT[:: max(1, round(text.rows_NT.numel() / measurement.dial_tokens))]
@@ -86,7 +91,25 @@ def measure_model(
         "dial": [_quality(quality) for quality in dial],
         "fixed": None if fixed is None else _quality(fixed),
         "scaling": scaling,
+        "probe": _probe(model, text.rows_NT[0]),
     }
+
+
+def _probe(model: MorForCausalLM, row_T: torch.Tensor) -> dict[str, Any]:
+    with _exact_products():
+        found = suffix_probe(model, row_T[:PROBE_TOKENS], num_suffixes=PROBE_SUFFIXES)
+    return {"causal": found.causal, **dataclasses.asdict(found)}
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Without TensorFloat32, whose rounding is far above what the probe allows when shapes change."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _without_thresholds(model: MorForCausalLM, rows: list[torch.Tensor], token_bytes: torch.Tensor) -> Any:

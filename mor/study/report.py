@@ -1,120 +1,69 @@
-"""The table and the figures of a study, written from its stored results."""
+"""All tables and figures of the studies, written from their results; and pages that quote them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from mor.files import write_text
-from mor.show.numbers import compact, count, duration
-from mor.study.figures import optima, study_figures
-from mor.study.grid import Study
-from mor.study.results import ArmSummary, Result, Spread, read_results, summarise
+from mor.study.claims import Claim, claims
+from mor.study.results import Findings
+from mor.study.tables import origin
 
-HEAD = (
-    "budget",
-    "arm",
-    "parameters",
-    "tokens",
-    "training FLOPs",
-    "FLOPs/token",
-    "depth",
-    "causal NLL",
-    "bits/byte",
-    "less baseline",
-    "causal gap",
-    "seeds",
-    "training",
-)
+TABLES = "tables.md"
+QUOTED = re.compile(r"(<!-- ((?:table|figure): \S+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+LEGEND = """\
+Means over seeds ± the standard deviation between seeds. *Less ...*: NLL less that of the baseline with the same seed, ±
+the standard error of that mean. *Gap*: causal less `top_k` NLL, which sees later tokens, in % of the causal one.
+Parameters: unique, non-embedding. FLOPs: forward, by the complete rule, at the depths that tokens took. Mean depth:
+block applications per token, measured. NLL: nats per token of held-out text.
+"""
 
 
-def write_report(study: Study, out: Path) -> Path:
-    """Write `table.md` and the figures into the study's folder in `out`, and return the former. ValueError when there
-    are no results."""
-    results = read_results(study, out)
-    if not results:
-        raise ValueError(f"{out} holds no result of the study {study.name!r} yet")
-    folder, figures = out / study.name, study_figures(study, results)
-    folder.mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        write_text(folder / name, figure)
-    path = folder / "table.md"
-    write_text(path, report_text(study, results, sorted(figures)))
-    return path
+def write_report(found: Mapping[str, Findings], folder: Path) -> Path:
+    """Write `tables.md`, which is returned, and the figures into `folder`; figures of results that are gone go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    every = claims(found)
+    drawn = {f"{name}.svg": svg for claim in every for name, svg in claim.figures.items() if svg is not None}
+    for old in folder.glob("*.svg"):
+        if old.name not in drawn:
+            old.unlink()
+    for name, svg in drawn.items():
+        write_text(folder / name, svg)
+    write_text(folder / TABLES, report_text(every, found))
+    return folder / TABLES
 
 
-def report_text(study: Study, results: Sequence[Result], figures: Sequence[str]) -> str:
-    """The report in Markdown: the question, the table, the fits, the figures and where the results come from."""
-    lines = [
-        f"# Study: {study.name}",
-        "",
-        study.question,
-        "",
-        f"{len(results)} of {len(study.runs)} runs are done.",
-        "",
+def report_text(every: list[Claim], found: Mapping[str, Findings]) -> str:
+    """All tables in Markdown, with links to the figures."""
+    parts = [
+        "# Tables of the studies\n",
+        "`mor results` writes this file; what it means is in [results](../results.md).\n",
     ]
-    lines += _row(HEAD) + _row(["---"] * len(HEAD))
-    for summary in summarise(study, results):
-        lines += _row(_cells(study, summary))
-    lines += [
-        "",
-        f"Means over seeds ± the standard deviation between seeds. *Less baseline*: NLL less that of {study.baseline}",
-        "with the same seed, ± the standard error of the mean. *Causal gap*: causal less `top_k` NLL, which sees later",
-        "tokens; ± as before. Parameters: unique, non-embedding. FLOPs by the complete rule.",
-        "",
-    ]
-    lines += _fits(results)
-    lines += [f"![{name.removesuffix('.svg')}]({name})" for name in figures]
-    return "\n".join([*lines, "", *_origin(results)]) + "\n"
+    parts += [LEGEND]
+    for claim in (claim for claim in every if claim.has_results):
+        parts += [f"## {claim.title}\n", *(table.text for table in claim.tables)]
+        parts += [f"![{name}]({name}.svg)\n" for name, svg in claim.figures.items() if svg is not None]
+    if any(findings.results for findings in found.values()):
+        parts += ["## Where the numbers come from\n", origin(list(found.values()))]
+    return "\n".join(parts)
 
 
-def _cells(study: Study, summary: ArmSummary) -> list[str]:
-    return [
-        summary.budget,
-        summary.arm,
-        count(summary.non_embedding),
-        count(summary.tokens),
-        f"{summary.training_flops:.2e}",
-        compact(summary.flops_per_token),
-        f"{summary.mean_depth.mean:.2f}",
-        _spread(summary.nll),
-        _spread(summary.bits_per_byte),
-        "–" if summary.difference is None else _signed(summary.difference),
-        "–" if summary.gap is None else _signed(summary.gap),
-        str(summary.nll.count),
-        duration(summary.seconds.mean),
-    ]
+def quote(page: str, found: Mapping[str, Findings], folder: str) -> str:
+    """The page with what stands between `<!-- table: NAME -->`, or `<!-- figure: NAME -->`, and `<!-- end -->` replaced
+    by that table or figure, whose file is in `folder` beside the page. A figure that has no results is left out.
 
+    Raises ValueError for a name that there is not.
+    """
+    every = claims(found)
+    known = {f"table: {table.name}": table.text for claim in every for table in claim.tables}
+    for name, svg in (pair for claim in every for pair in claim.figures.items()):
+        known[f"figure: {name}"] = "" if svg is None else f"![{name}]({folder}/{name}.svg)\n"
 
-def _spread(value: Spread) -> str:
-    return f"{value.mean:.4f}" + ("" if math.isnan(value.deviation) else f" ± {value.deviation:.4f}")
+    def quoted(match: re.Match[str]) -> str:
+        if match[2] not in known:
+            raise ValueError(f"the page quotes {match[2]!r}; there are {', '.join(known)}")
+        return f"{match[1]}\n{known[match[2]]}\n{match[3]}"
 
-
-def _signed(value: Spread) -> str:
-    return f"{value.mean:+.4f}" + ("" if math.isnan(value.error) else f" ± {value.error:.4f}")
-
-
-def _fits(results: Sequence[Result]) -> list[str]:
-    lines = [
-        f"- {kind} at {budget}: best at {count(fit.x)} parameters, NLL {fit.loss:.4f}"
-        + ("" if fit.is_inside else " (outside the sizes that were trained: an extrapolation)")
-        for (kind, budget), fit in sorted(optima(results).items())
-    ]
-    return ["Fitted optima:", "", *lines, ""] if lines else []
-
-
-def _origin(results: Sequence[Result]) -> list[str]:
-    """Commands, commits, machines and data, each as often as they differ."""
-    facts = {
-        "command": [r["provenance"]["command"] for r in results],
-        "commit": [str(r["provenance"]["commit"]) for r in results],
-        "data": [r["provenance"]["data"] for r in results],
-        "hardware": [r["provenance"]["machine"].get("GPU", r["provenance"]["machine"]["processor"]) for r in results],
-        "PyTorch": [r["provenance"]["machine"]["PyTorch"] for r in results],
-    }
-    return [f"- {name}: {', '.join(f'`{value}`' for value in dict.fromkeys(values))}" for name, values in facts.items()]
-
-
-def _row(cells: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |"]
+    return QUOTED.sub(quoted, page)

@@ -1,4 +1,4 @@
-"""The stored results of a study, summed up over seeds: what every table and figure is made of."""
+"""The results of a study, summed up over seeds: what every table and figure is made of."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mor.files import write_text
 from mor.study.grid import Study
 from mor.study.places import RESULT, RUNS
+from mor.study.studies import WIDTHS
 
 Result = dict[str, Any]
+VOCABULARY = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,42 +42,69 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Findings:
+    """A study and the results there are, each with the arm, the budget and the seed of its cell."""
+
+    study: Study
+    results: tuple[Result, ...]
+
+    @property
+    def budgets(self) -> list[str]:
+        """Those that have results, in the order of the grid."""
+        there = {result["budget"] for result in self.results}
+        return [budget for budget in dict.fromkeys(run.budget for run in self.study.runs) if budget in there]
+
+    @property
+    def last_budget(self) -> str:
+        """The last of the grid, which is that of equal FLOPs where there are two."""
+        return self.study.runs[-1].budget
+
+    def of(self, arm: str, budget: str) -> list[Result]:
+        """The results of an arm at a budget, one per seed."""
+        return [result for result in self.results if (result["arm"], result["budget"]) == (arm, budget)]
+
+    def summaries(self) -> list[ArmSummary]:
+        """One per arm and budget that have results, budgets first."""
+        pairs = [(budget, arm) for budget in self.budgets for arm in self.study.arms]
+        return [_summary(self, arm, budget) for budget, arm in pairs if self.of(arm, budget)]
+
+    def baseline_of(self, arm: str) -> str:
+        """What an arm is compared with: the vanilla model of its size where arms are named by sizes."""
+        twin = f"vanilla-{arm.rpartition('-')[2]}"
+        return twin if arm.rpartition("-")[2] in WIDTHS and twin in self.study.arms else self.study.baseline
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArmSummary:
     """An arm at a budget. `difference`: NLL less the baseline's of the same seed; None for the baseline itself, and
-    where no seed has both. `gap`: causal less `top_k` NLL, None without `top_k`."""
+    where no seed has both. `top_k`, `gap`, `gap_share`: NLL under `top_k`, and causal less `top_k` NLL in nats and as
+    a share of the causal one; None without `top_k`."""
 
     arm: str
     budget: str
     nll: Spread
-    bits_per_byte: Spread
     mean_depth: Spread
     difference: Spread | None
+    top_k: Spread | None
     gap: Spread | None
+    gap_share: Spread | None
     tokens: float
-    training_flops: float
     flops_per_token: float
+    kv_bytes_per_token: float
     non_embedding: int
-    seconds: Spread
 
 
-def read_results(study: Study, out: Path) -> list[Result]:
-    """The results there are, in the order of the grid, each with the arm, the budget and the seed of its cell.
-
-    `out`: the folder of studies, or a file of JSON lines as `export_results` writes it.
-    """
-    stored = _stored(out)
-    return [
-        {**result, "arm": run.arm, "budget": run.budget, "seed": run.seed}
-        for run in study.runs
-        if (result := stored(run.key)) is not None
-    ]
-
-
-def _stored(out: Path) -> Callable[[str], Result | None]:
-    if out.is_file():
-        results = {r["key"]: r for r in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
-        return results.get
-    return functools.cache(functools.partial(_read, out / RUNS))
+def find_results(study: Study, out: Path) -> Findings:
+    """The results in the folder of studies `out`."""
+    read = functools.cache(functools.partial(_read, out / RUNS))
+    return Findings(
+        study=study,
+        results=tuple(
+            {**result, "arm": run.arm, "budget": run.budget, "seed": run.seed}
+            for run in study.runs
+            if (result := read(run.key)) is not None
+        ),
+    )
 
 
 def _read(folder: Path, key: str) -> Result | None:
@@ -84,34 +112,15 @@ def _read(folder: Path, key: str) -> Result | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def stored_vocabulary(out: Path) -> int | None:
-    """The vocabulary that the stored results are of; None where there are none."""
-    if out.is_file():
-        lines = out.read_text(encoding="utf-8").splitlines()[:1]
-    else:
-        lines = [path.read_text(encoding="utf-8") for path in sorted((out / RUNS).glob(f"*/{RESULT}"))[:1]]
-    return int(json.loads(lines[0])["options"]["model"]["vocab_size"]) if lines else None
+def found_vocabulary(out: Path) -> int:
+    """The vocabulary that the results in the folder of studies `out` are of."""
+    paths = sorted((out / RUNS).glob(f"*/{RESULT}"))[:1]
+    return vocabulary_of([json.loads(path.read_text(encoding="utf-8")) for path in paths])
 
 
-def export_results(out: Path, file: Path) -> int:
-    """Write all results in the folder of studies `out` as JSON lines, for a repository; how many there were."""
-    found = sorted((out / RUNS).glob(f"*/{RESULT}"))
-    lines = [json.dumps(json.loads(path.read_text(encoding="utf-8")), separators=(",", ":")) for path in found]
-    write_text(file, "".join(line + "\n" for line in lines))
-    return len(lines)
-
-
-def summarise(study: Study, results: Sequence[Result]) -> list[ArmSummary]:
-    """One summary per arm and budget that have results, budgets first."""
-    budgets, summaries = list(dict.fromkeys(run.budget for run in study.runs)), []
-    for budget in budgets:
-        here = [result for result in results if result["budget"] == budget]
-        baseline = {r["seed"]: own(r)["nll"] for r in here if r["arm"] == study.baseline}
-        for arm in study.arms:
-            group = [result for result in here if result["arm"] == arm]
-            if group:
-                summaries.append(_summary(study, arm, budget, group, baseline))
-    return summaries
+def vocabulary_of(results: Sequence[Result]) -> int:
+    """The vocabulary of the first; of none the usual one."""
+    return int(results[0]["options"]["model"]["vocab_size"]) if results else VOCABULARY
 
 
 def own(result: Result) -> dict[str, Any]:
@@ -120,21 +129,34 @@ def own(result: Result) -> dict[str, Any]:
     return quality
 
 
-def _summary(study: Study, arm: str, budget: str, group: Sequence[Result], baseline: dict[int, float]) -> ArmSummary:
+def paired(group: Sequence[tuple[int, float]], baseline: Sequence[tuple[int, float]]) -> Spread | None:
+    """Differences of the (seed, value) pairs that both have; None where there is no such seed."""
+    there = dict(baseline)
+    differences = [value - there[seed] for seed, value in group if seed in there]
+    return Spread.of(differences) if differences else None
+
+
+def losses(group: Sequence[Result]) -> list[tuple[int, float]]:
+    """(seed, causal NLL) of results."""
+    return [(result["seed"], own(result)["nll"]) for result in group]
+
+
+def _summary(findings: Findings, arm: str, budget: str) -> ArmSummary:
+    group, baseline = findings.of(arm, budget), findings.baseline_of(arm)
     quality = [own(result) for result in group]
-    paired = [q["nll"] - baseline[r["seed"]] for q, r in zip(quality, group, strict=True) if r["seed"] in baseline]
-    gaps = [q["gap"]["nll"] for q in quality if q["gap"] is not None]
+    ahead = [(q["nll"], q["gap"]["nll"]) for q in quality if q["gap"] is not None]
+    difference = None if arm == baseline else paired(losses(group), losses(findings.of(baseline, budget)))
     return ArmSummary(
         arm=arm,
         budget=budget,
         nll=Spread.of([q["nll"] for q in quality]),
-        bits_per_byte=Spread.of([q["bits_per_byte"] for q in quality]),
         mean_depth=Spread.of([q["mean_depth"] for q in quality]),
-        difference=Spread.of(paired) if paired and arm != study.baseline else None,
-        gap=Spread.of(gaps) if gaps else None,
+        difference=difference,
+        top_k=Spread.of([nll - gap for nll, gap in ahead]) if ahead else None,
+        gap=Spread.of([gap for _, gap in ahead]) if ahead else None,
+        gap_share=Spread.of([gap / nll for nll, gap in ahead]) if ahead else None,
         tokens=statistics.fmean(r["training"]["tokens"] for r in group),
-        training_flops=statistics.fmean(r["training"]["flops"] for r in group),
         flops_per_token=statistics.fmean(q["flops_per_token"] for q in quality),
+        kv_bytes_per_token=statistics.fmean(q["kv_bytes_per_token"] for q in quality),
         non_embedding=group[0]["parameters"]["non_embedding"],
-        seconds=Spread.of([r["training"]["seconds"] for r in group]),
     )

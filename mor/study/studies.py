@@ -100,6 +100,7 @@ def routers(vocabulary: int) -> Study:
     width = WIDTHS[SIZE]
     arms = {
         "mor-3": mor(width, vocabulary),
+        "threshold-choice": mor(width, vocabulary, router="threshold_choice"),
         "auxiliary-router": mor(width, vocabulary, causal_method="aux_router"),
         "calibration-only": mor(width, vocabulary, causal_method="none"),
         "threshold-3": mor(width, vocabulary, router="threshold_choice"),

@@ -57,6 +57,13 @@ def test_a_flat_line_can_be_drawn() -> None:
     assert parse(svg) is not None and "nan" not in svg
 
 
+def test_points_can_stand_alone_as_rings() -> None:
+    lone = Series(name="s", points=((1, 2.0), (2, 3.0)), arm=2, rings=True, joined=False)
+    svg = line_chart([lone], title="t", x_label="x", y_label="y")
+    assert [c.attrib["class"] for c in parse(svg).iter("circle")] == ["line ring arm-2"] * 2
+    assert not [p for p in parse(svg).iter("path") if "line" in p.attrib["class"]]
+
+
 def test_no_points_is_an_error() -> None:
     with pytest.raises(ValueError, match="'t' has no points"):
         line_chart([Series(name="s", points=())], title="t", x_label="x", y_label="y")

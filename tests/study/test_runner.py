@@ -68,6 +68,7 @@ def test_results_hold_quality_cost_and_origin(finished: Places, small: Study) ->
     assert found["own"]["gap"]["nll"] != 0
     assert found["fixed"]["decision"] == "causal"
     assert [point["recursions"] for point in found["scaling"]] == [1, 2, 3]
+    assert found["probe"]["causal"] and found["probe"]["num_suffixes"] == 32
     assert found["training"]["tokens"] == 12 * 4 * 64
     assert found["training"]["peak_memory_gib"] > 0
     assert [tokens for tokens, _ in found["curve"]][-1] == 12 * 4 * 64
@@ -161,12 +162,10 @@ def test_the_command(finished: Places, capsys: pytest.CaptureFixture[str], tmp_p
     words = ["study", "smoke", "--out", str(finished.out), "--seeds", "0"]
     assert main([*words, "--data", finished.data, "--held-out", str(finished.held_out)]) == 0
     assert "0 runs done now, 2 before" in capsys.readouterr().out
-    place = finished.out / "smoke" / "table.md"
-    table = place.read_text()
-    place.unlink()
-    assert main([*words, "--report"]) == 0
-    assert place.read_text() == table
+    report = finished.out / "report" / "tables.md"
+    table = report.read_text()
+    report.unlink()
+    assert main(["results", str(finished.out), "--out", str(report.parent)]) == 0
+    assert report.read_text() == table
     assert main(["study", "smoke", "--out", str(tmp_path)]) == 2
     assert "give --data" in capsys.readouterr().err
-    assert main(["study", "smoke", "--out", str(tmp_path), "--report"]) == 2
-    assert "holds no result of smoke" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""Tables of what studies found, in Markdown."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mor.show.numbers import compact, count
+from mor.study.results import ArmSummary, Findings, Spread
+
+NOTHING = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """`name`: by which a page quotes it. `note`: what stands below it."""
+
+    name: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        """In Markdown; a sentence instead where there are no rows."""
+        if not self.rows:
+            return "*No results yet.*\n"
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        note = f"\n{self.note}\n" if self.note else ""
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + note
+
+
+def quality_table(name: str, findings: Findings, *, with_kv: bool = False) -> Table:
+    """Cost and quality of every arm at every budget, beside the baseline."""
+    summaries = findings.summaries()
+    budgets = len({summary.budget for summary in summaries}) > 1
+    head = [
+        *(["budget"] if budgets else []),
+        "arm",
+        "parameters",
+        "tokens",
+        "FLOPs/token",
+        *(["KV bytes/token"] if with_kv else []),
+        "mean depth",
+        "causal NLL",
+        "`top_k` NLL",
+        "gap, % of NLL",
+        f"less {_baselines(findings)}",
+        "seeds",
+    ]
+    rows = [_row(summary, budgets, with_kv) for summary in summaries]
+    return Table(name=name, head=tuple(head), rows=tuple(rows), note=_progress(findings))
+
+
+def _row(summary: ArmSummary, with_budget: bool, with_kv: bool) -> tuple[str, ...]:
+    return (
+        *([summary.budget] if with_budget else []),
+        summary.arm,
+        count(summary.non_embedding),
+        count(summary.tokens),
+        compact(summary.flops_per_token),
+        *([compact(summary.kv_bytes_per_token)] if with_kv else []),
+        f"{summary.mean_depth.mean:.2f}",
+        spread(summary.nll),
+        spread(summary.top_k),
+        share(summary.gap_share),
+        difference(summary.difference),
+        str(summary.nll.count),
+    )
+
+
+def _baselines(findings: Findings) -> str:
+    names = {findings.baseline_of(arm) for arm in findings.study.arms}
+    return findings.study.baseline if len(names) == 1 else "the vanilla model of its size"
+
+
+def _progress(findings: Findings) -> str:
+    """What is missing, and what must not be believed."""
+    said, done, runs = [], len(findings.results), len(findings.study.runs)
+    if done < runs:
+        said.append(f"{done} of {runs} runs are done.")
+    if wrong := sorted({r["arm"] for r in findings.results if not r.get("probe", {"causal": True})["causal"]}):
+        said.append(f"**Not causal by the suffix probe: {', '.join(wrong)}.**")
+    return " ".join(said)
+
+
+def gap_table(findings: Findings) -> Table:
+    """What deciding causally costs, by size."""
+    rows = [
+        (
+            summary.arm,
+            count(summary.non_embedding),
+            spread(summary.nll),
+            spread(summary.top_k),
+            difference(summary.gap),
+            share(summary.gap_share),
+            f"{summary.mean_depth.mean:.3f}",
+            f"{_top_k_depth(findings, summary):.3f}",
+            str(summary.nll.count),
+        )
+        for summary in findings.summaries()
+        if summary.gap is not None
+    ]
+    head = ("arm", "parameters", "causal NLL", "`top_k` NLL", "gap, nats", "gap, % of NLL", "causal depth")
+    return Table(name="gaps", head=(*head, "`top_k` depth", "seeds"), rows=tuple(rows), note=_progress(findings))
+
+
+def _top_k_depth(findings: Findings, summary: ArmSummary) -> float:
+    depths = [r["own"]["gap"]["top_k_depth"] for r in findings.of(summary.arm, summary.budget) if r["own"]["gap"]]
+    return statistics.fmean(depths)
+
+
+def spread(value: Spread | None, digits: int = 4) -> str:
+    """A mean ± the standard deviation between seeds."""
+    if value is None:
+        return NOTHING
+    return f"{value.mean:.{digits}f}" + ("" if math.isnan(value.deviation) else f" ± {value.deviation:.{digits}f}")
+
+
+def difference(value: Spread | None) -> str:
+    """A mean with its sign ± its standard error."""
+    if value is None:
+        return NOTHING
+    return f"{value.mean:+.4f}" + ("" if math.isnan(value.error) else f" ± {value.error:.4f}")
+
+
+def share(value: Spread | None) -> str:
+    """A share of 1 in per cent, ± the standard deviation between seeds."""
+    if value is None:
+        return NOTHING
+    hundred = Spread(mean=100 * value.mean, deviation=100 * value.deviation, count=value.count)
+    return f"{hundred.mean:+.2f}" + ("" if math.isnan(hundred.deviation) else f" ± {hundred.deviation:.2f}")
+
+
+def origin(found: Sequence[Findings]) -> str:
+    """Commands, commits, machines and data, each as often as they differ."""
+    results = [result for each in found for result in each.results]
+    sources = [result["provenance"] for result in results]
+    facts = {
+        "command": [source["command"] for source in sources],
+        "commit": [str(source["commit"]) for source in sources],
+        "hardware": [source["machine"].get("GPU", source["machine"]["processor"]) for source in sources],
+        "PyTorch": [source["machine"]["PyTorch"] for source in sources],
+        "training data": [source["data"][:16] for source in sources],
+        "held-out data": [source["held_out"][:16] for source in sources],
+        "held-out tokens": [f"{result['own']['num_tokens']:,}" for result in results],
+    }
+    return "".join(f"- {name}: {', '.join(f'`{v}`' for v in dict.fromkeys(all))}\n" for name, all in facts.items())

@@ -1,0 +1,122 @@
+"""Tables say what the results say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from mor.study.depth_tables import (
+    asked_table,
+    cost_table,
+    deviations,
+    dial_table,
+    optimum_table,
+    scaling_table,
+    threshold_table,
+)
+from mor.study.grid import Study
+from mor.study.isoflop import isoflop_fits
+from mor.study.results import Findings
+from mor.study.studies import study
+from mor.study.tables import Table, gap_table, origin, quality_table
+from tests.study.made_up import DEPTH_ERROR, everything, findings
+from tests.study.test_results import of_tokens
+
+
+def row(table: Table, *first: str) -> dict[str, str]:
+    """The row that begins so, by column."""
+    (found,) = (cells for cells in table.rows if cells[: len(first)] == first)
+    return dict(zip(table.head, found, strict=True))
+
+
+def test_quality_stands_beside_the_baseline() -> None:
+    table = quality_table("example", of_tokens())
+    mor = row(table, "mor-3")
+    assert mor["causal NLL"] == "3.3000 ± 0.5657"
+    assert mor["`top_k` NLL"] == "3.2850 ± 0.5586"
+    assert mor["gap, % of NLL"] == "+0.44 ± 0.14"
+    assert mor["less vanilla"] == "-0.2000 ± 0.1000"
+    assert (mor["mean depth"], mor["FLOPs/token"], mor["seeds"]) == ("2.00", "2M", "2")
+    assert row(table, "vanilla")["less vanilla"] == "–"
+    assert table.note == "4 of 8 runs are done."
+    assert table.text.splitlines()[1] == "| " + " | ".join(["---"] * len(table.head)) + " |"
+    assert row(quality_table("example", of_tokens(), with_kv=True), "mor-3")["KV bytes/token"] == "1.02k"
+
+
+def test_without_results_a_table_says_so() -> None:
+    assert quality_table("twins", Findings(study=study("twins", 512), results=())).text == "*No results yet.*\n"
+
+
+def test_models_that_are_not_causal_are_told() -> None:
+    found = of_tokens()
+    wrong = tuple({**r, "probe": {"causal": r["arm"] == "vanilla"}} for r in found.results)
+    note = quality_table("example", dataclasses.replace(found, results=wrong)).note
+    assert "**Not causal by the suffix probe: mor-3.**" in note
+
+
+def test_gaps_by_size() -> None:
+    table = gap_table(findings(study("gaps", 512)))
+    assert [cells[0] for cells in table.rows] == ["mor-3-2m", "mor-3-6m", "mor-3-11m"]
+    assert row(table, "mor-3-2m")["gap, nats"] == "+0.0200 ± 0.0058"
+    assert (row(table, "mor-3-2m")["causal depth"], row(table, "mor-3-2m")["`top_k` depth"]) == ("2.000", "1.990")
+
+
+def test_fixed_thresholds_beside_calibrated_ones() -> None:
+    table = threshold_table(findings(study("routers", 512)))
+    assert row(table, "mor-3")["fixed less calibrated"] == "+0.2000 ± 0.0000"
+    assert row(table, "mor-3")["depth, fixed"] == "1.00 ± 0.00"
+
+
+def test_asked_depths_are_compared_inside_the_range_and_runs_count_once() -> None:
+    found = everything()
+    mor = next(r for r in found["twins"].results if r["arm"] == "mor-2")
+    assert [asked for asked, _ in deviations(mor)] == [1.05, 1.25, 1.5, 1.75, 1.95]
+    assert {round(error, 9) for _, error in deviations(mor)} == {DEPTH_ERROR}
+    table = asked_table(found)
+    assert row(table, "twins", "mor-2")["requests met within 2%"] == "15 of 15"
+    assert row(table, "twins", "mor-2")["worst deviation"] == "+1.00%"
+    assert not [cells for cells in table.rows if cells[:2] == ("controls", "mor-3")], "the same runs as in twins"
+    runs = {r["key"] for each in found.values() for r in each.results if r["dial"] and r["budget"] == last(each.study)}
+    assert row(table, "all")["runs"] == str(len(runs))
+
+
+def last(of: Study) -> str:
+    return of.runs[-1].budget
+
+
+def test_the_dial_has_a_column_for_each_arm() -> None:
+    table = dial_table(everything())
+    assert table.head == ("asked depth", "mor-2", "mor-3", "mor-4", "threshold-choice")
+    assert row(table, "1.95")["mor-3"] == "–"
+    assert "±" in row(table, "1.95")["mor-2"]
+
+
+def test_more_recursions_and_costs() -> None:
+    twins = findings(study("twins", 512))
+    table = scaling_table(twins)
+    assert row(table, "recursive-3")["trained with"] == "3"
+    assert row(table, "mor-2")["3"] == "–"
+    assert "±" in row(table, "recursive-3")["5"]
+    costs = row(cost_table(twins), "mor-3")
+    assert (costs["peak memory, GiB"], costs["runs at a time"]) == ("3.00", "2")
+    assert costs["time of vanilla's"] == "100%"
+    assert costs["of vanilla's"] == "150%"
+
+
+def test_isoflop_curves_have_optima() -> None:
+    found = findings(study("isoflop", 512))
+    fits = isoflop_fits(found)
+    assert {(fit.kind, len(fit.points)) for fit in fits} == {("vanilla", 3), ("recursive-3", 3), ("mor-3", 3)}
+    for fit in fits:
+        assert fit.optimum is not None and fit.optimum.x == pytest.approx(10**6.4, rel=1e-3)
+    table = optimum_table(found)
+    assert row(table, "mor-3", "1x")["where it lies"] == "inside the sizes trained"
+    assert "mor-3 " in table.note
+    assert isoflop_fits(of_tokens()) == [], "3 is a number of recursions, not a size"
+
+
+def test_where_numbers_come_from_is_told_once() -> None:
+    text = origin([of_tokens()])
+    assert "- commit: `abc`\n" in text
+    assert "- held-out tokens: `4,096`\n" in text
