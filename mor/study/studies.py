@@ -100,10 +100,9 @@ def routers(vocabulary: int) -> Study:
     width = WIDTHS[SIZE]
     arms = {
         "mor-3": mor(width, vocabulary),
-        "threshold-choice": mor(width, vocabulary, router="threshold_choice"),
         "auxiliary-router": mor(width, vocabulary, causal_method="aux_router"),
         "calibration-only": mor(width, vocabulary, causal_method="none"),
-        "threshold-3": mor(width, vocabulary, router="threshold_choice"),
+        "threshold-choice": mor(width, vocabulary, router="threshold_choice"),
         "token-balancing-loss": mor(width, vocabulary, **TOKEN_CHOICE, balancing="loss", balancing_loss_coef=0.1),
         "token-loss-free": mor(width, vocabulary, **TOKEN_CHOICE, balancing="loss_free"),
     }
