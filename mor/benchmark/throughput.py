@@ -122,6 +122,8 @@ class _Setup:
         engine = make_engine(arm, concurrency=concurrency, num_pages=pages)
         page_bytes = engine.runner.layout.page_bytes(arm.model.dtype)
         result = ArmResult(arm=arm, concurrency=concurrency, pool_bytes=pages * page_bytes, tried=tried)
+        if engine.slots is not None:  # also those that the last requests will need
+            engine.slots.warm_up(lengths=[length], limits=[False])
         setup = cls(result=result, engine=engine, peers=peers_of(arm, options.peers))
         for _ in setup.run_round(_shortened(workload.first(concurrency), options.warmup_tokens), options):
             pass
