@@ -29,6 +29,8 @@ import torch
 from bench.clock import copy_rate, matmul_rate
 from bench.decode_point import Point, Spot
 from mor.benchmark.arms import Arm, build_arm
+from mor.benchmark.settle import TOLERANCE
+from mor.files import write_text
 
 Line = dict[str, Any]
 
@@ -88,7 +90,7 @@ class Bench:
         line |= dict(context=spot.context, top_p=spot.top_p, recursions=arm.model.config.num_recursions)
         line |= dict(layers=arm.model.config.num_hidden_layers, wanted_depth=arm.wanted_depth)
         if settled is not None:
-            line |= dict(asked_depth=settled.asked, settling_tries=settled.tries)
+            line |= dict(asked_depth=settled.asked, settled_depth=settled.generated, settling_tries=settled.tries)
         line |= dict(seconds_to_build=built - start, seconds_to_settle=found - built, seconds_to_fill=filled - found)
         return line | seen | point.lower_bound(seen, *self._rates)
 
@@ -100,7 +102,10 @@ class Bench:
 
 
 def say(line: Line) -> None:
-    asked = f" (asked {line['asked_depth']:.3f}, {line['settling_tries']} tries)" if "asked_depth" in line else ""
+    asked = ""
+    if "asked_depth" in line:
+        off = ", off" if abs(line["mean_depth"] - line["wanted_depth"]) > TOLERANCE * line["wanted_depth"] else ""
+        asked = f" (asked {line['asked_depth']:.3f}, {line['settling_tries']} tries{off})"
     print(
         f"{line['arm']:12} {line['sequences']:5} x {line['context']:5}: {line['tokens_per_second']:10,.0f} tokens/s"
         f"  visit {line['visit_ms']:7.3f} ms  idle {line['device_idle_ms']:.4f}  depth {line['mean_depth']:.3f}{asked}"
@@ -120,7 +125,7 @@ def main() -> None:
     print(f"copy {rates[0] / 1e12:.2f} TB/s, matrix product {rates[1] / 1e12:.0f} TFLOP/s", flush=True)
     settings: dict[str, Any] = dict(
         mean_depth=arguments.mean_depth,
-        max_length=max(spot.context for _, spot in work) + 512,
+        max_length=max(spot.context for _, spot in work) + 1024,
         device=device,
         dtype=torch.bfloat16 if device == "cuda" else torch.float32,
     )
@@ -133,7 +138,7 @@ def main() -> None:
         if line is not None:
             say(line)
         if arguments.json is not None:
-            arguments.json.write_text(as_json(device, rates, bench))
+            write_text(arguments.json, as_json(device, rates, bench))
     print(as_json(device, rates, bench))
 
 

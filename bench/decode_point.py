@@ -29,8 +29,8 @@ RESERVED = 32
 SETTLING = 256
 """Sequences that a mean depth is looked for with. Where there are no more, they are those that are watched."""
 
-FEW, MOST_BATCHES = 32, 32
-"""So few sequences are watched for longer: for as many visits as half of the context, but no more batches."""
+FEW, MOST_BATCHES = 32, 64
+"""So few sequences are watched for longer: for as many tokens as half of the context, but no more batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +78,12 @@ class Point:
         self.arm, self.spot = arm, spot
         self.sequences, num_pages = spot.room_for(arm)
         visits = 8 if self.sequences <= 64 else 16
+        depth = arm.wanted_depth or arm.model.config.num_recursions  # visits of a token
         if self.sequences <= FEW:
-            batches = max(batches, min(MOST_BATCHES, spot.context // (2 * visits)))
+            batches = max(batches, min(MOST_BATCHES, round(spot.context * depth / (2 * visits))))
         self.batches = batches
-        self.prompt, self.output = max(2, spot.context - (3 + batches // 2) * visits), (batches + 5) * visits
+        self.prompt = max(2, round(spot.context - (3 + batches / 2) * visits / depth))
+        self.output = (batches + 5) * visits
         self.engine = Engine(
             arm.model,
             arm.tokenizer,

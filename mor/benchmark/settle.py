@@ -7,7 +7,7 @@ weights. So the depth is looked for where it will be measured: in the engine, on
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mor.benchmark.arms import Arm
 from mor.benchmark.serving import serve
@@ -15,7 +15,11 @@ from mor.benchmark.workload import Workload
 from mor.engine.engine import Engine
 
 TOLERANCE = 0.01
-TRIES = 12
+NARROWING = 6
+"""Tries that narrow down where to ask; chance in a few tokens may mislead them."""
+AROUND = (0.02, -0.02, 0.04, -0.04, 0.07, -0.07, 0.1, -0.1, 0.15, -0.15)
+"""Those after them are so far from the closest one."""
+TRIES = NARROWING + len(AROUND)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +42,29 @@ class Settled:
 
 
 def settle(generated: Callable[[float], float], wanted: float, *, bounds: tuple[float, float]) -> Settled:
-    """What to ask within `bounds`, so that `generated` of it is `wanted` to 1%, or the closest of a dozen tries.
+    """What to ask within `bounds`, so that `generated` of it is `wanted` to 1%, or the closest of all tries.
 
     `generated` rises with what is asked, but for the chance in a few tokens. Each try is where a line through the
-    nearest tries on both sides has it, every third one halfway between them, so that both sides move. At the bounds
-    every token takes one recursion, or all. Deterministic if `generated` is.
+    nearest tries on both sides has it, every third one halfway between them, so that both sides move; at the bounds
+    every token takes one recursion, or all. If that does not end it, the rest are around the closest. Deterministic if
+    `generated` is.
     """
+    tried = list[Settled]()
+
+    def attempt(asked: float) -> Settled:
+        found = Settled(asked=asked, generated=generated(asked), wanted=wanted, tries=len(tried) + 1)
+        tried.append(found)
+        return found
+
+    def closest() -> Settled:
+        return min(tried, key=lambda found: abs(found.generated - wanted))
+
     (low, low_depth), (high, high_depth) = ((bound, bound) for bound in bounds)
     asked = min(max(wanted, low), high)
-    best = None
-    for number in range(1, TRIES + 1):
-        found = Settled(asked=asked, generated=generated(asked), wanted=wanted, tries=number)
-        if best is None or abs(found.generated - wanted) < abs(best.generated - wanted):
-            best = found
-        if best.is_close:
-            return best
+    for number in range(1, NARROWING + 1):
+        found = attempt(asked)
+        if found.is_close:
+            return found
         if found.generated < wanted:
             low, low_depth = asked, found.generated
         else:
@@ -61,8 +73,12 @@ def settle(generated: Callable[[float], float], wanted: float, *, bounds: tuple[
         if number % 3 and low_depth < wanted < high_depth:
             share = min(0.95, max(0.05, (wanted - low_depth) / (high_depth - low_depth)))
         asked = low + share * (high - low)
-    assert best is not None
-    return Settled(asked=best.asked, generated=best.generated, wanted=wanted, tries=TRIES)
+    center = closest().asked
+    for step in AROUND:
+        if closest().is_close:
+            break
+        attempt(min(max(center + step, bounds[0]), bounds[1]))
+    return replace(closest(), tries=len(tried))
 
 
 def bounds_of(arm: Arm) -> tuple[float, float]:
