@@ -173,7 +173,7 @@ def run_suite(items: tuple[Item, ...], out: Path, seconds: float) -> list[Outcom
             outcomes.append(run_item(item, out, min(SLACK * item.seconds, left)))
             print("\n".join(f"  {line}" for line in headlines(results_of(item, out))), flush=True)
         print(describe(outcomes[-1]), flush=True)
-        (out / "suite.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+        (out / "suite.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
     return outcomes
 
 
@@ -228,8 +228,9 @@ def results_of(item: Item, out: Path) -> dict[str, Any]:
 def headlines(found: dict[str, Any]) -> list[str]:
     """Results in a line each, as far as they are those of `bench.decode` or `mor bench throughput`."""
     said = [
-        f"{line['arm']} {line['point']}: {line['tokens_per_second']:,.0f} tokens/s, x{line['times_vanilla']:.3f}, depth "
-        f"{line['mean_depth']:.3f}, of ideal {line['share_of_ideal']:.3f}, bandwidth {line['bandwidth_share']:.3f}"
+        f"{line['arm']} {line['point']}: {line['tokens_per_second']:,.0f} tokens/s, x{line['times_vanilla']:.3f}, "
+        f"depth {line['mean_depth']:.3f}, of ideal {line['share_of_ideal']:.3f}, "
+        f"bandwidth {line['bandwidth_share']:.3f}"
         for line in found.get("lines", [])
         if "times_vanilla" in line
     ]

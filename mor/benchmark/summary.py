@@ -52,6 +52,7 @@ def try_lines(results: Sequence[ArmResult]) -> list[Line]:
     return [
         dict(
             arm=result.arm.name,
+            pool=result.pool,
             concurrency=number,
             tokens_per_second=round(served.best_rate, 1),
             whole_tokens_per_second=round(served.tokens_per_second, 1),
