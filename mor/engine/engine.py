@@ -21,6 +21,7 @@ from mor.engine.block_pool import BlockPool
 from mor.engine.detokenizer import Detokenizer
 from mor.engine.kv_store import KvStore, PageLayout
 from mor.engine.layers import Layers
+from mor.engine.native.few_rows import few_rows_for
 from mor.engine.options import EngineOptions
 from mor.engine.outputs import RequestOutput, TokenLog, Top
 from mor.engine.params import SamplingParams
@@ -64,7 +65,8 @@ class Engine:
         layout = PageLayout.of(model.config, self.options.page_entries)
         num_pages = choose_num_pages(self.options, layout.page_bytes(model.dtype), model.device)
         self._store = KvStore(layout, num_pages, device=model.device, dtype=model.dtype)
-        layers = Layers(model.config, ops_for(model.device, layout.head_size))
+        few_rows = few_rows_for(model.config, model.device, model.dtype, self.options.native)
+        layers = Layers(model.config, ops_for(model.device, layout.head_size), few_rows)
         self.runner = Runner(model, layout, self._store, layers)
         self.pool = BlockPool(num_pages)
         self.prefixes = PrefixCache(self.pool, layout.shape) if self.options.prefix_caching else None

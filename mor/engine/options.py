@@ -23,6 +23,8 @@ class EngineOptions:
             instead of one planned visit after the other. None: on CUDA, if the model can (a hybrid cache cannot).
         slot_visits: see `slots`. More hide more of the host's work; tokens then come in larger pieces. None: 8, or 16
             where more than 64 requests run.
+        native: whether layers of few rows are run by a C program, which the machine's C compiler compiles once. None: on
+            a CPU in float32, if there is a compiler.
         max_length: tokens of a prompt and its output together. None: the model's own limit.
         prefix_caching: keep the keys and values of prompts for requests that begin alike.
         seed: of the seeds that requests without one get.
@@ -37,6 +39,7 @@ class EngineOptions:
     prefill_chunk: int | None = None
     slots: bool | None = None
     slot_visits: int | None = None
+    native: bool | None = None
     max_length: int | None = None
     prefix_caching: bool = True
     seed: int = 0

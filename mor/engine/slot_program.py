@@ -22,6 +22,7 @@ from torch._dynamo.decorators import maybe_mark_dynamic
 
 from mor.engine.kv_store import KvStore, PageLayout
 from mor.engine.layers import Layers, Pages
+from mor.engine.native.few_rows import Seen
 from mor.engine.slot_routing import SlotRouting
 from mor.engine.slot_state import BROKEN, NOTHING, RESTING, Float, Int, SlotState
 from mor.model.modeling_mor import MorForCausalLM
@@ -48,6 +49,10 @@ class _Rows:
     last_N: Tensor
     longest: int
     ops: ModuleType
+
+    @property
+    def seen(self) -> Seen:
+        return Seen(table_TX=self.table_TX, row_N=self.table_N, last_N=self.last_N, longest=self.longest)
 
     def attend(self, query_NHE: Tensor, pages: Pages) -> Tensor:
         return self.ops.attend_pages(  # type: ignore[no-any-return]
@@ -127,7 +132,7 @@ class SlotProgram:
         """The next tokens (C,) and their log-probabilities."""
         ints, floats = self.state.ints[slot_C], self.state.floats[slot_C]
         return self._ops.draw_tokens(  # type: ignore[no-any-return]
-            self._head(self._layers.normed(self._model.norm, x_CD)),
+            self._layers.logits(self._model.norm, self._head, x_CD),
             floats[:, Float.TEMPERATURE],
             ints[:, Int.TOP_K],
             floats[:, Float.TOP_P],
