@@ -154,7 +154,8 @@ class Engine:
         queued = self._queue_slots(plan) if self.slots is not None else 0
         new = self._visit(plan)
         if self.slots is not None:
-            while self.slots.in_flight > (queued > 0):  # the batch just queued runs on while the one before is read
+            # On CUDA the batch just queued runs on while the one before is read; a CPU has done it by now.
+            while self.slots.in_flight > (self.slots.runs_ahead and queued > 0):
                 new += self._collect(plan)
         failed, self._failed = self._failed, []
         return [*(self._tell(live) for live in failed if self._live.get(live.request.id) is live), *new]

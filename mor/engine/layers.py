@@ -91,8 +91,8 @@ class Layers:
     ) -> Tensor:
         """The output of one layer after another, each with its rows and pages; `x_ND`, contiguous, is overwritten."""
         each = [self._of(cast(MorDecoderLayer, layer)) for layer in layers]
-        if self._few_rows is not None and len(x_ND) <= MOST_ROWS and all(r is rows[0] for r in rows):
-            seen = rows[0].seen
+        if self._few_rows is not None and rows and all(r is rows[0] for r in rows):
+            seen = rows[0].seen if len(x_ND) <= MOST_ROWS or _append(rows[0]) else None
             if seen is not None:
                 where = rows[0].rotary, rows[0].page_N, rows[0].place_N
                 self._few_rows.layers(each, x_ND, *where, seen, pages)
@@ -131,7 +131,7 @@ class Layers:
             query_NHE = self.ops.rotate_and_store(query_NC, *rows.rotary, None, None, None, None, self._heads)
             return rows.attend(query_NHE, pages).flatten(1)
         qkv_NC = project(weight, bias)
-        if hasattr(rows, "attend_new"):
+        if _append(rows):
             return cast(AppendingRows, rows).attend_new(qkv_NC, self._heads, pages).flatten(1)
         query_NHE = self.ops.rotate_and_store(qkv_NC, *rows.rotary, rows.page_N, rows.place_N, *pages, self._heads)
         return rows.attend(query_NHE, pages).flatten(1)
@@ -146,6 +146,28 @@ class Layers:
         if self._few_rows is not None and len(h_ND) <= MOST_ROWS and head.bias is None:
             return self._few_rows.linear(h_ND, head.weight)
         return head(h_ND)  # type: ignore[no-any-return]
+
+    def draw_tokens(
+        self,
+        logits_NV: Tensor,
+        temperature_N: Tensor,
+        top_k_N: Tensor,
+        top_p_N: Tensor,
+        min_p_N: Tensor,
+        seed_N: Tensor,
+        index_N: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The next tokens (N,), -1 where there is none to choose, and the log-probabilities that the model gave them."""
+        if self._few_rows is not None and not bool(((top_k_N > 0) | (top_p_N < 1) | (min_p_N > 0)).any()):
+            return self._few_rows.draw(logits_NV, temperature_N, seed_N, index_N)
+        return self.ops.draw_tokens(  # type: ignore[no-any-return]
+            logits_NV, temperature_N, top_k_N, top_p_N, min_p_N, seed_N, index_N
+        )
+
+    @property
+    def saves_rows(self) -> bool:
+        """Whether a row that takes no part in a step costs nothing."""
+        return self._few_rows is not None
 
     def _gated(self, both_N2F: Tensor) -> Tensor:
         if self._act is None:
@@ -169,6 +191,11 @@ class Layers:
                 post_norm=layer.post_attention_layernorm.weight,
             )
         return self._weights[id(layer)]
+
+
+def _append(rows: Rows) -> bool:
+    """Whether these are `AppendingRows`."""
+    return hasattr(rows, "attend_new")
 
 
 def _fused(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:

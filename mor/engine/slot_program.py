@@ -38,7 +38,7 @@ class VisitShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rows:
+class PlacedRows:
     """Rows of slots: the table that each reads, and the last entry that it sees, -1 for none. See `layers.Rows`."""
 
     rotary: tuple[Tensor, Tensor]
@@ -71,7 +71,11 @@ class SlotProgram:
 
     What stands between the layers is many small steps on small tensors. On CUDA each of the four runs of them is
     compiled into a few kernels, whatever the number of slots.
+
+    `runs_ahead`: the host may queue a batch of visits before it has read what the one before did.
     """
+
+    runs_ahead = True
 
     def __init__(
         self,
@@ -96,17 +100,18 @@ class SlotProgram:
         self._enter, self._merge = wrap(self._enter), wrap(self._merge)
 
     @torch.inference_mode()
-    def visit(self, shape: VisitShape) -> None:
-        """One visit of the slots."""
+    def visit(self, shape: VisitShape) -> bool:
+        """One visit of the slots. True if it is known that a request ended in it."""
         number_N = self._numbers[: shape.slots]
         slot_C, samples_C, turns_C, x_CD, places = self._turn(number_N, self._numbers[: shape.turns])
         x_CD = self._outer_layers(self._model.last_layers, x_CD, places, shape, first=self._plan.num_outer)
-        token_C, logprob_C = self._drawn(slot_C, x_CD)
+        token_C, logprob_C = self._draw(slot_C, x_CD)
         ints, x_CD, places = self._advance(slot_C, samples_C, turns_C, token_C, logprob_C)
         x_CD = self._outer_layers(self._model.first_layers, x_CD, places, shape, first=0)
         each = self._enter(number_N, slot_C, ints, x_CD)
         y_ND = self._block(self.state.x[: shape.slots].clone(), each, shape)
         self._merge(number_N, y_ND)
+        return False
 
     def _outer_layers(
         self, layers: nn.ModuleList, x_CD: Tensor, places: _Places, shape: VisitShape, *, first: int
@@ -116,7 +121,9 @@ class SlotProgram:
 
     def _block(self, x_ND: Tensor, each: Sequence[_Places], shape: VisitShape) -> Tensor:
         """The block's output; `each`: the places of every recursion, or the one of rows at recursions of their own."""
-        rows = [self._rows(places, shape) for places in each]
+        return self._through_block(x_ND, [self._rows(places, shape) for places in each])
+
+    def _through_block(self, x_ND: Tensor, rows: Sequence[PlacedRows]) -> Tensor:
         if self._plan.is_sequence:
             order = [(step.block_layer or 0, rows[step.recursion or 0]) for step in self._plan.block_steps]
         else:
@@ -128,10 +135,10 @@ class SlotProgram:
             [self._store.block_layers[layer] for layer, _ in order],
         )
 
-    def _drawn(self, slot_C: Tensor, x_CD: Tensor) -> tuple[Tensor, Tensor]:
+    def _draw(self, slot_C: Tensor, x_CD: Tensor) -> tuple[Tensor, Tensor]:
         """The next tokens (C,) and their log-probabilities."""
         ints, floats = self.state.ints[slot_C], self.state.floats[slot_C]
-        return self._ops.draw_tokens(  # type: ignore[no-any-return]
+        return self._layers.draw_tokens(
             self._layers.logits(self._model.norm, self._head, x_CD),
             floats[:, Float.TEMPERATURE],
             ints[:, Int.TOP_K],
@@ -141,9 +148,9 @@ class SlotProgram:
             ints[:, Int.MADE],
         )
 
-    def _rows(self, places: _Places, shape: VisitShape) -> _Rows:
+    def _rows(self, places: _Places, shape: VisitShape) -> PlacedRows:
         cos_NE, sin_NE, page_N, place_N, table_N, last_N = places
-        return _Rows(
+        return PlacedRows(
             rotary=(cos_NE, sin_NE),
             page_N=page_N,
             place_N=place_N,
@@ -304,7 +311,7 @@ COMPILATIONS = 64
 """Of a step in one process: each engine takes a few, for a single slot and for more, all of which may turn or not."""
 
 _Places = tuple[Tensor, ...]
-"""Cosines, sines, page, place, table and last entry of rows; see `_Rows`. Empty without layers."""
+"""Cosines, sines, page, place, table and last entry of rows; see `PlacedRows`. Empty without layers."""
 
 _Step = Callable[..., Any]
 

@@ -130,6 +130,7 @@ class SlotRunner:
         self._rate = _TurnRate()
         self._graphs = Graphs(program)
         self.has_strays, self._is_adrift = False, False
+        self.runs_ahead = program.runs_ahead
 
     @property
     def in_flight(self) -> int:
@@ -156,14 +157,16 @@ class SlotRunner:
         shape = self._shape(num_new=len(edits.rows))
         self._state.edit(edits)
         self._state.begin_batch()
-        for _ in range(self.visits):
-            self._graphs.visit(shape)
+        visits, has_end = 0, False
+        while visits < self.visits and not has_end:
+            has_end = self._graphs.visit(shape)
+            visits += 1
         reports, lengths, arrived = self._sent()
         batch = _Batch(
-            tenants=list(self._tenants.values()), visits=self.visits, reports=reports, lengths=lengths, arrived=arrived
+            tenants=list(self._tenants.values()), visits=visits, reports=reports, lengths=lengths, arrived=arrived
         )
         self._flight.append(batch)
-        return self.visits
+        return visits
 
     def collect(self) -> list[Progress]:
         """Wait for the oldest batch. Requests that have gone since it was queued are left out."""
@@ -283,13 +286,13 @@ class Graphs:
         self._program = program
         self._graphs: dict[VisitShape, torch.cuda.CUDAGraph] = {}
 
-    def visit(self, shape: VisitShape) -> None:
-        """One visit."""
+    def visit(self, shape: VisitShape) -> bool:
+        """One visit. True if it is known that a request ended in it."""
         if self._program.state.device.type != "cuda":
-            self._program.visit(shape)
-            return
+            return self._program.visit(shape)
         self.prepare([shape])
         self._graphs[shape].replay()
+        return False
 
     def prepare(self, shapes: Sequence[VisitShape]) -> None:
         """Capture visits of these shapes, if that was not done."""

@@ -12,6 +12,7 @@ from mor.engine.request import Request
 from mor.engine.sampler import signed
 from mor.engine.slot_program import SlotProgram
 from mor.engine.slot_routing import SlotRouting, slot_routing, thresholds_of
+from mor.engine.slot_rows import RowProgram
 from mor.engine.slot_runner import SlotRunner
 from mor.engine.slot_state import NUM_STOPS, SlotRow, SlotState
 from mor.model.configuration_mor import MorConfig
@@ -66,8 +67,9 @@ class Slots(SlotRunner):
         state = SlotState(
             layout, num_slots, max_length, hidden_size=model.config.hidden_size, most_visits=visits, like=like
         )
-        program = SlotProgram(model, layout, store, state, routing, layers, max_length)
-        turns_once = plan.num_recursions == 1 or plan.is_sequence
+        kind = RowProgram if layers.saves_rows else SlotProgram
+        program = kind(model, layout, store, state, routing, layers, max_length)
+        turns_once = plan.num_recursions == 1 or plan.is_sequence or layers.saves_rows
         super().__init__(program, max_length=max_length, visits=visits, turns_once=turns_once)
         self._budgets, self._num_recursions = budgets, plan.num_recursions
         self._thresholds: dict[Budget, Sequence[float]] = {}

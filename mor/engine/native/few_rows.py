@@ -65,6 +65,8 @@ class FewRows:
         self._layers, self._linear, self._scratch_size = library.mor_layers, library.mor_linear, library.mor_scratch
         self._linear.argtypes = [_POINTER] * 3 + [_INTEGER] * 4
         self._scratch_size.restype = _INTEGER
+        self._draw = library.mor_draw
+        self._draw.argtypes = [_POINTER, _INTEGER, _INTEGER, *[_POINTER] * 6, _INTEGER]
         self._heads, self._groups, self._head_size = (
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -125,6 +127,20 @@ class FewRows:
         sizes = (*x_NK.shape, len(weight_MK), torch.get_num_threads())
         self._linear(x_NK.data_ptr(), weight_MK.data_ptr(), out_NM.data_ptr(), *sizes)
         return out_NM
+
+    def draw(
+        self, logits_NV: Tensor, temperature_N: Tensor, seed_N: Tensor, index_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The next tokens (N,), -1 where there is none to choose, and the log-probabilities that the model gave them: as
+        `mor.engine.sampler`, of rows without filters and penalties."""
+        (rows, size), threads = logits_NV.shape, torch.get_num_threads()
+        kept = [t.contiguous() for t in (logits_NV, temperature_N, seed_N, index_N)]
+        logits, *decisive = (tensor.data_ptr() for tensor in kept)
+        scratch = torch.empty(threads * size, dtype=torch.int64)
+        token_N, logprob_N = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        results = scratch.data_ptr(), token_N.data_ptr(), logprob_N.data_ptr()
+        self._draw(logits, rows, size, *decisive, *results, threads)
+        return token_N, logprob_N
 
     def _table(self, weights: Sequence[Any], pages: Sequence[tuple[Tensor, Tensor]]) -> Any:
         """The weights and pages of a run of layers, made once."""

@@ -10,14 +10,7 @@ E head size, P entries of a page, W lanes of a vector. */
 #include <stdint.h>
 #include <string.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#define own_number omp_get_thread_num
-#define num_parts omp_get_num_threads
-#else
-#define own_number() 0
-#define num_parts() 1
-#endif
+#include "threads.h"
 
 #if defined(__AVX512F__)
 #define W 16
@@ -37,6 +30,7 @@ E head size, P entries of a page, W lanes of a vector. */
 enum { NT = 4, MT = W / NT, AHEAD = 2 * MT };
 
 typedef float vector __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef float part __attribute__((vector_size(4 * MT), aligned(4), may_alias)); /* a tile's features of one row */
 
 typedef struct {
     const float *qkv, *qkv_bias, *out, *out_bias, *gate_up, *gate_up_bias, *down, *down_bias, *input_norm, *post_norm;
@@ -96,13 +90,21 @@ static void product(const float *x, int64_t ldx, int64_t n, const float *weight,
                     for (int j = 0; j < MT; j++) sum[i * MT + j] += value * own[j];
                 }
             }
-            vector total = sums(sum);
+            union { vector all; part of[NT]; float each[W]; } total = {sums(sum)};
+            if (whole == k && m + MT <= m1) {
+                for (int i = 0; i < NT && first + i < n; i++) {
+                    part *to = (part *)(out + (first + i) * ldo + m), value = total.of[i];
+                    if (bias) value += *(const part *)(bias + m);
+                    if (onto) value += *to;
+                    *to = value;
+                }
+                continue;
+            }
             for (int i = 0; i < NT && first + i < n; i++)
                 for (int j = 0; j < MT && m + j < m1; j++) {
-                    float value = total[i * MT + j];
+                    float value = total.each[i * MT + j], *to = out + (first + i) * ldo + m + j;
                     for (int64_t c = whole; c < k; c++) value += row[i][c] * w[j][c];
                     if (bias) value += bias[m + j];
-                    float *to = out + (first + i) * ldo + m + j;
                     *to = onto ? *to + value : value;
                 }
         }

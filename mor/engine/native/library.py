@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("layers.c")
-FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -shared -fPIC".split()
+SOURCES = [Path(__file__).with_name(name) for name in ("layers.c", "draw.c")]
+HEADER = Path(__file__).with_name("threads.h")
+FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp-simd -shared -fPIC".split()
 SECONDS = 120
 """More than a compiler ever takes."""
 
@@ -27,7 +28,7 @@ def open_library(folder: Path | None = None) -> ctypes.CDLL:
     if compiler is None:
         raise OSError("there is no C compiler: none of cc, gcc and clang is on the PATH, and CC is not set")
     folder = _cache() if folder is None else folder
-    path = folder / f"layers-{_key(compiler)}.so"
+    path = folder / f"native-{_key(compiler)}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         _compile(compiler, path)
@@ -45,7 +46,7 @@ def _key(compiler: str) -> str:
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         processor = platform.processor()
-    known = [SOURCE.read_text(), compiler, *FLAGS, platform.machine(), processor]
+    known = [*(path.read_text() for path in (*SOURCES, HEADER)), compiler, *FLAGS, platform.machine(), processor]
     return hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
 
 
@@ -55,13 +56,13 @@ def _compile(compiler: str, path: Path) -> None:
         made = Path(scratch) / path.name
         said = _run(compiler, [*FLAGS, "-fopenmp"], made) and _run(compiler, FLAGS, made)
         if said:
-            raise OSError(f"{compiler} cannot compile {SOURCE.name}: {said}")
+            raise OSError(f"{compiler} cannot compile {SOURCES[0].parent}: {said}")
         made.replace(path)
 
 
 def _run(compiler: str, flags: Sequence[str], made: Path) -> str:
     """What the compiler complained about, or nothing."""
-    command = [*compiler.split(), *flags, "-o", str(made), str(SOURCE), "-lm"]
+    command = [*compiler.split(), *flags, "-o", str(made), *map(str, SOURCES), "-lm"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
