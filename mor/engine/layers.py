@@ -157,7 +157,7 @@ class Layers:
         seed_N: Tensor,
         index_N: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The next tokens (N,), -1 where there is none to choose, and the log-probabilities that the model gave them."""
+        """The next tokens (N,), -1 where there is none to choose, and the log-probabilities the model gave them."""
         if self._few_rows is not None and not bool(((top_k_N > 0) | (top_p_N < 1) | (min_p_N > 0)).any()):
             return self._few_rows.draw(logits_NV, temperature_N, seed_N, index_N)
         return self.ops.draw_tokens(  # type: ignore[no-any-return]

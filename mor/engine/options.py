@@ -20,10 +20,11 @@ class EngineOptions:
             they are tokens of prompts.
         prefill_chunk: tokens of a prompt that enter together. None: 256 on a CPU, 1024 on CUDA.
         slots: whether requests decode by themselves in slots of the device, batches of `slot_visits` visits at a time,
-            instead of one planned visit after the other. None: on CUDA, if the model can (a hybrid cache cannot).
+            instead of one planned visit after the other. None: on CUDA and where `native` is on, if the model can (a
+            hybrid cache cannot).
         slot_visits: see `slots`. More hide more of the host's work; tokens then come in larger pieces. None: 8, or 16
-            where more than 64 requests run.
-        native: whether layers of few rows are run by a C program, which the machine's C compiler compiles once. None: on
+            where more than 64 requests run; 4 on a CPU.
+        native: whether layers of few rows are run by a C program, which the machine's compiler compiles once. None: on
             a CPU in float32, if there is a compiler.
         max_length: tokens of a prompt and its output together. None: the model's own limit.
         prefix_caching: keep the keys and values of prompts for requests that begin alike.

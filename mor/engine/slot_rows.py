@@ -1,4 +1,4 @@
-"""The visit of `mor.engine.slot_program` on exactly the rows that matter: what a CPU does, which can ask how many they are.
+"""The visit of `mor.engine.slot_program` on exactly the rows that matter: for a CPU, which can ask which they are.
 
 The rows of the slots are numbers that the host reads and writes through numpy, whose steps on a few numbers take a
 fraction of PyTorch's.
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mor.engine.slot_program import SlotProgram, VisitShape, PlacedRows
+from mor.engine.slot_program import PlacedRows, SlotProgram, VisitShape
 from mor.engine.slot_state import BROKEN, RESTING, Float, Int, Report
 
 Integers = npt.NDArray[np.int64]
@@ -30,7 +30,7 @@ class RowProgram(SlotProgram):
         super().__init__(*arguments)
         state = self.state
         self._ints, self._lengths, self._tables = state.ints.numpy(), state.lengths.numpy(), state.tables.numpy()
-        self._gates, self._reports = state.floats[:, Float.GATE].numpy(), state.reports.numpy()
+        self._floats, self._reports = state.floats.numpy(), state.reports.numpy()
 
     @torch.inference_mode()
     def visit(self, shape: VisitShape) -> bool:
@@ -52,7 +52,8 @@ class RowProgram(SlotProgram):
         if not len(slot_C):
             return
         index_C = torch.from_numpy(slot_C)
-        x_CD = self._outer(self._model.last_layers, self.state.stream[index_C], slot_C, first=self._plan.num_outer)
+        x_CD = self.state.stream.index_select(0, index_C)
+        x_CD = self._outer(self._model.last_layers, x_CD, slot_C, first=self._plan.num_outer)
         drawn = self._draw(index_C, x_CD)
         token_C, logprob_C = drawn[0].numpy(), drawn[1].float().numpy()
         ints, reports = self._ints, self._reports[visit]
@@ -75,13 +76,13 @@ class RowProgram(SlotProgram):
         x_CD = self._outer(self._model.first_layers, x_CD, slot_C, first=0)
         if self._plan.num_outer:
             self._lengths[slot_C, -1] = ints[slot_C, Int.NUMBER] + 1
-        begun = self._routing.begin(x_CD, state.ints[index_C], state.floats[index_C])
+        begun = self._routing.begin(x_CD, *self._numbers_of(slot_C))
         taken_C = begun.taken_N.numpy()
         ints[slot_C, Int.RECURSION] = np.where(taken_C, 0, RESTING) if self._policy == "recursion" else 0
         ints[slot_C, Int.ACTIVE], ints[slot_C, Int.TARGET] = taken_C, begun.target_N.numpy()
-        self._gates[slot_C] = begun.gate_N.numpy()
-        state.stream[index_C] = x_CD
-        state.x[index_C] = x_CD
+        self._floats[slot_C, Float.GATE] = begun.gate_N.numpy()
+        state.stream.index_copy_(0, index_C, x_CD)
+        state.x.index_copy_(0, index_C, x_CD)
 
     def _go_round(self, slot_N: Integers) -> None:
         """The block on slots at recursions of their own, and who goes on."""
@@ -94,17 +95,21 @@ class RowProgram(SlotProgram):
         else:
             each = [recursion_N]
         rows = [self._block_rows(slot_N, recursion_N) for recursion_N in each]
-        x_ND, before_N8, floats = state.x[index_N], state.ints[index_N], state.floats[index_N]
+        x_ND, stream_ND = state.x.index_select(0, index_N), state.stream.index_select(0, index_N)
         y_ND = self._through_block(x_ND.clone(), rows)
-        merged = self._routing.merge(state.stream[index_N], x_ND, y_ND, before_N8, floats)
+        merged = self._routing.merge(stream_ND, x_ND, y_ND, *self._numbers_of(slot_N))
         taken = self._plan.num_recursions if self._plan.is_sequence else 1
         goes_on_N = merged.taken_N.numpy()
         ints[slot_N, Int.DEPTH] += taken * ints[slot_N, Int.ACTIVE]
         ints[slot_N, Int.RECURSION] = np.where(goes_on_N, recursion_N + taken, RESTING)
         ints[slot_N, Int.ACTIVE] = goes_on_N
-        self._gates[slot_N] = merged.gate_N.numpy()
-        state.stream[index_N] = merged.stream_ND
-        state.x[index_N] = merged.x_ND
+        self._floats[slot_N, Float.GATE] = merged.gate_N.numpy()
+        state.stream.index_copy_(0, index_N, merged.stream_ND)
+        state.x.index_copy_(0, index_N, merged.x_ND)
+
+    def _numbers_of(self, slot_N: Integers) -> tuple[Tensor, Tensor]:
+        """Rows of the slots' `ints` and `floats`."""
+        return torch.from_numpy(self._ints[slot_N]), torch.from_numpy(self._floats[slot_N])
 
     def _outer(self, layers: nn.ModuleList, x_CD: Tensor, slot_C: Integers, *, first: int) -> Tensor:
         if not layers:

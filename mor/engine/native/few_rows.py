@@ -128,11 +128,9 @@ class FewRows:
         self._linear(x_NK.data_ptr(), weight_MK.data_ptr(), out_NM.data_ptr(), *sizes)
         return out_NM
 
-    def draw(
-        self, logits_NV: Tensor, temperature_N: Tensor, seed_N: Tensor, index_N: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The next tokens (N,), -1 where there is none to choose, and the log-probabilities that the model gave them: as
-        `mor.engine.sampler`, of rows without filters and penalties."""
+    def draw(self, logits_NV: Tensor, temperature_N: Tensor, seed_N: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The next tokens (N,), -1 where there is none to choose, and the log-probabilities the model gave them, as
+        `mor.engine.sampler` has them without filters and penalties."""
         (rows, size), threads = logits_NV.shape, torch.get_num_threads()
         kept = [t.contiguous() for t in (logits_NV, temperature_N, seed_N, index_N)]
         logits, *decisive = (tensor.data_ptr() for tensor in kept)
@@ -179,7 +177,9 @@ def few_rows_for(config: MorConfig, device: torch.device, dtype: torch.dtype, wa
     fits = device.type == "cpu" and dtype == torch.float32 and config.hidden_act in ("silu", "swish")
     try:
         if not fits:
-            raise OSError(f"it is for float32 on a CPU with silu, not {dtype} on {device.type} with {config.hidden_act}")
+            raise OSError(
+                f"it is for float32 on a CPU with silu, not {dtype} on {device.type} with {config.hidden_act}"
+            )
         return FewRows(config, open_library())
     except OSError as error:
         if wanted:

@@ -1,4 +1,4 @@
-"""The C program of this folder, compiled by the machine's own compiler for its own processor, once for all processes."""
+"""The C program of this folder, compiled on the machine it runs on, for its processor, once for all processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def open_library(folder: Path | None = None) -> ctypes.CDLL:
 
     Raises OSError naming what is missing: a compiler, one that understands the program, or a place to write to.
     """
-    compiler = os.environ.get("CC") or next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    compiler = os.environ.get("CC") or next(
+        (path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None
+    )
     if compiler is None:
         raise OSError("there is no C compiler: none of cc, gcc and clang is on the PATH, and CC is not set")
     folder = _cache() if folder is None else folder

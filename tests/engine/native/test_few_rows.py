@@ -87,7 +87,7 @@ def test_layers_are_those_of_pytorch(shape: dict[str, Any], num_rows: int, write
         typed: list[Rows] = list(each)
         results.append((Layers(config, plain_ops, few_rows)(block, x_ND.clone(), typed, pages), own[1:]))
     takes_N = rows.seen.last_N >= 0
-    torch.testing.assert_close(results[1][0][takes_N], results[0][0][takes_N], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[1][0][takes_N], results[0][0][takes_N], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-5, atol=1e-5)
     assert torch.equal(results[1][0][~takes_N], x_ND[~takes_N])
 

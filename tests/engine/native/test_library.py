@@ -23,7 +23,7 @@ def test_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_the_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "false")
-    with pytest.raises(OSError, match="false cannot compile .*native: exit status 1"):
+    with pytest.raises(OSError, match=r"false cannot compile .*native: exit status 1"):
         open_library(tmp_path)
     assert not list(tmp_path.iterdir())
 
