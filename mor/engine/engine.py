@@ -167,7 +167,7 @@ class Engine:
             self._beside.join()
             visits = self.slots.run(plan.decoding, plan.grown, self._slot_row)
             self._beside.start(after_slots=self.slots.has_strays)
-        self.statistics.add(visits=visits, rows=visits * len(plan.decoding))
+        self.statistics.add(visits=visits, rows=self.slots.last_rows if visits else 0)
         return visits
 
     def _slot_row(self, request: Request, slot: int) -> SlotRow:

@@ -72,10 +72,12 @@ class SlotProgram:
     What stands between the layers is many small steps on small tensors. On CUDA each of the four runs of them is
     compiled into a few kernels, whatever the number of slots.
 
-    `runs_ahead`: the host may queue a batch of visits before it has read what the one before did.
+    `runs_ahead`: the host may queue a batch of visits before it has read what the one before did. `rows`: how many took
+    the block so far, None where only the device knows.
     """
 
     runs_ahead = True
+    rows: int | None = None
 
     def __init__(
         self,

@@ -25,9 +25,11 @@ class RowProgram(SlotProgram):
     """Runs visits on the state of slots that lie in the host's memory. It knows at once who has ended."""
 
     runs_ahead = False
+    rows: int
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.rows = 0
         state = self.state
         self._ints, self._lengths, self._tables = state.ints.numpy(), state.lengths.numpy(), state.tables.numpy()
         self._floats, self._reports = state.floats.numpy(), state.reports.numpy()
@@ -88,6 +90,7 @@ class RowProgram(SlotProgram):
         """The block on slots at recursions of their own, and who goes on."""
         if not len(slot_N):
             return
+        self.rows += len(slot_N)
         ints, state, index_N = self._ints, self.state, torch.from_numpy(slot_N)
         recursion_N = ints[slot_N, Int.RECURSION]
         if self._plan.is_sequence:

@@ -7,6 +7,8 @@ already queued, so the device never waits for the host. On CUDA a visit is a gra
 from __future__ import annotations
 
 import heapq
+import math
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,6 +29,9 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1
 SHORTEST = 512
 """The least bound on a visit's entries; each further one is four times as large. Visits of a new shape are captured
 when it is first needed, which takes a moment: few bounds, few moments."""
+
+BATCH_SECONDS = 0.02
+"""Where the host waits for each batch, none begins another visit after this: who streams should not see its batches."""
 
 
 class Progress(NamedTuple):
@@ -130,7 +135,7 @@ class SlotRunner:
         self._rate = _TurnRate()
         self._graphs = Graphs(program)
         self.has_strays, self._is_adrift = False, False
-        self.runs_ahead = program.runs_ahead
+        self.runs_ahead, self.last_rows = program.runs_ahead, 0
 
     @property
     def in_flight(self) -> int:
@@ -148,7 +153,8 @@ class SlotRunner:
         """Let requests take free slots and queue a batch of visits; returns how many visits. `grown`: those of them
         with new pages. `row_of`: the row of a request that comes to a slot.
 
-        Afterwards `has_strays` tells whether a batch in flight may still write to pages of requests that are gone.
+        Afterwards `last_rows` counts the rows that took the batch's visits (all that might have, where only the device
+        knows), and `has_strays` tells whether a batch in flight may still write to pages of requests that are gone.
         """
         edits = self._changes(decoding, grown, row_of)
         if not self._tenants:
@@ -157,10 +163,13 @@ class SlotRunner:
         shape = self._shape(num_new=len(edits.rows))
         self._state.edit(edits)
         self._state.begin_batch()
-        visits, has_end = 0, False
-        while visits < self.visits and not has_end:
-            has_end = self._graphs.visit(shape)
+        visits, ends, before = 0, False, self._program.rows
+        latest = math.inf if self.runs_ahead else time.perf_counter() + BATCH_SECONDS
+        while visits < self.visits and not ends:
+            ends = self._graphs.visit(shape) or time.perf_counter() > latest
             visits += 1
+        after = self._program.rows
+        self.last_rows = visits * len(self._tenants) if before is None or after is None else after - before
         reports, lengths, arrived = self._sent()
         batch = _Batch(
             tenants=list(self._tenants.values()), visits=visits, reports=reports, lengths=lengths, arrived=arrived
