@@ -1,11 +1,11 @@
-# make demo | test | check | clean. Another interpreter: make PYTHON=python3.12 test
+# make demo | test | check | audit | clean. Another interpreter: make PYTHON=python3.12 test
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test check clean
+.PHONY: demo test check audit clean
 
 demo: $(INSTALLED)
 	$(BIN)/mor demo
@@ -18,6 +18,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(TESTS)
+
+audit: $(INSTALLED)  # known vulnerabilities of what is installed; asks PyPI's advisories
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' > build/audit/installed.txt
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement build/audit/installed.txt
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -77,7 +77,7 @@ class Point:
         ):
             self.engine.step()
         slots.run = run  # type: ignore[method-assign]
-        slots.warm_up([self.sequences], [self.prompt, self.prompt + self.output])
+        slots.warm_up([self.sequences], [self.prompt, self.prompt + self.output], [False])
         for _ in range(3):
             self.engine.step()
 

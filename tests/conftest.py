@@ -26,6 +26,7 @@ OF_THE_COMPILER = (
     "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
     "ignore:Synchronization debug mode is a prototype:UserWarning",
+    r"ignore:\nOnline softmax is disabled on the fly:UserWarning",
     "ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning",
 )
 

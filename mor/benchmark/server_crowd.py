@@ -72,7 +72,7 @@ class Crowd:
                 await writer.drain()
                 await asyncio.sleep(draw.uniform(0.05, 0.4))
             await asyncio.sleep(draw.uniform(0, 3))
-            answer = await read_answer(reader, time.perf_counter())
+            answer = await read_answer(reader)
             self.seen[f"slow: {answer.status}"] += 1
         finally:
             writer.close()

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import cProfile
+import multiprocessing.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.request import urlopen
 
+from mor.serve.worker import EngineSource
+
+if TYPE_CHECKING:
+    from mor.engine.engine import Engine
+
 READY = "ready:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfiledSource:
+    """The engine of `source`, in a process that is watched by a profiler from when it is ready; `file` tells at the end
+    what took its time."""
+
+    source: EngineSource
+    file: str
+
+    def open(self) -> Engine:
+        engine, profile = self.source.open(), cProfile.Profile()
+        engine.warm_up()
+        multiprocessing.util.Finalize(None, profile.dump_stats, (self.file,), exitpriority=0)
+        profile.enable()
+        return engine
 
 
 @contextmanager
@@ -19,7 +44,13 @@ def server_process(model: str | Path, options: Sequence[str] = ()) -> Iterator[t
 
     Raises RuntimeError when it does not start.
     """
-    command = [sys.executable, "-m", "mor", "serve", str(model), "--port", "0", *options]
+    with started([sys.executable, "-m", "mor", "serve", str(model), "--port", "0", *options]) as server:
+        yield server
+
+
+@contextmanager
+def started(command: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    """As `server_process`, of any command that says when it is ready."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

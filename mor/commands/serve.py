@@ -46,8 +46,12 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=int, metavar="N", help="tokens of prompt and output (default: the model's)"
     )
     engine.add_argument("--kv-memory-gib", type=float, metavar="G", help="memory of keys and values")
-    engine.add_argument("--prefill-chunk", type=int, default=256, metavar="N", help="prompt tokens at a time (256)")
-    engine.add_argument("--max-visit-tokens", type=int, default=512, metavar="N", help="tokens of a visit (512)")
+    engine.add_argument(
+        "--prefill-chunk", type=int, metavar="N", help="prompt tokens at a time (default 256, on CUDA 1024)"
+    )
+    engine.add_argument(
+        "--max-visit-tokens", type=int, metavar="N", help="tokens of a visit (default 512, on CUDA 4096 of prompts)"
+    )
     engine.add_argument("--no-prefix-caching", action="store_true", help="forget prompts when they end")
     engine.add_argument("--threads", type=int, metavar="N", help="threads of the engine on a CPU (default: torch's)")
     add_device(parser)

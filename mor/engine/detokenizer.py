@@ -62,6 +62,14 @@ class Detokenizer:
         self._tokens_before_stop -= 1
         return self._release("" if self.stopped else self._decoder.feed(token))
 
+    def feed_all(self, tokens: Sequence[int]) -> str:
+        """The text of what `feed` gives for these tokens one after the other, sooner where there is no stop string."""
+        if self._stop:
+            return "".join(self.feed(token).text for token in tokens)
+        text = self._decoder.feed_all(tokens)
+        self._offset += len(text)
+        return text
+
     def finish(self) -> str:
         """The text held back, when no more tokens come; none after a stop string. It follows the last piece."""
         text = self._release("" if self.stopped else self._decoder.flush()).text

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +108,15 @@ class Engine:
         ids = self._encode(prompt)
         self.runner.budgets.check(params.budget)
         names = [request_id] if params.n == 1 else [f"{request_id}-{number}" for number in range(params.n)]
-        texts = [Detokenizer(self.tokenizer, params.stop, prompt=ids, min_tokens=params.min_tokens) for _ in names]
         in_slot = self.slots is not None and fits_slot(params)
         requests = [Request(id=name, prompt=ids, params=params, in_slot=in_slot) for name in names]
         self._queue(requests)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_of_text)
-        for number, (request, text) in enumerate(zip(requests, texts, strict=True)):
-            self._live[request.id] = _Live(request=request, seed=seed + number, log=TokenLog(text), ends=ends)
+        make_text = partial(Detokenizer, self.tokenizer, params.stop, prompt=ids, min_tokens=params.min_tokens)
+        for number, request in enumerate(requests):
+            log = TokenLog(make_text)
+            self._live[request.id] = _Live(request=request, seed=seed + number, log=log, ends=ends)
         return names
 
     def _queue(self, requests: Sequence[Request]) -> None:

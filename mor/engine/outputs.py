@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -33,15 +33,25 @@ class TokenOutput:
 
 class TokenLog:
     """All tokens of one request so far. Their text is made when somebody asks for it: decoding thousands of tokens in a
-    millisecond leaves no time for text that nobody reads."""
+    millisecond leaves no time for text that nobody reads. `text_maker`: makes what turns its tokens into text."""
 
-    def __init__(self, text: Detokenizer) -> None:
+    def __init__(self, text_maker: Callable[[], Detokenizer]) -> None:
         self.ids: list[int] = []
         self.depths: list[int] = []
         self.logprobs: list[float | None] = []
         self.tops: list[Top] = []
-        self._text, self._pieces = text, list[TextPiece]()
+        self._text_maker, self._pieces, self._num_read = text_maker, list[TextPiece](), 0
         self._ended, self._last_is_hidden, self._depth_sum = False, False, 0
+
+    @cached_property
+    def _by_token(self) -> Detokenizer:
+        """The text token by token, as far as `_pieces` are made."""
+        return self._text_maker()
+
+    @cached_property
+    def _in_runs(self) -> Detokenizer:
+        """The text of the first `_num_read` tokens, of which single ones are not known."""
+        return self._text_maker()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,7 +74,7 @@ class TokenLog:
     def is_stopped(self) -> bool:
         """Whether a stop string has come."""
         self._write(len(self.ids))
-        return self._text.stopped is not None
+        return self._by_token.stopped is not None
 
     def end(self, *, hide_last: bool) -> None:
         """No more tokens come. `hide_last`: the last one ended the text and is not part of it."""
@@ -85,15 +95,23 @@ class TokenLog:
             for n in range(start, stop)
         )
 
+    def text(self, start: int, stop: int) -> str:
+        """The text of tokens `start`..`stop`: soonest for all of them, or run after run, without stop strings."""
+        if start != self._num_read or len(self._pieces) >= stop:
+            return "".join(token.text for token in self.tokens(start, stop))
+        self._num_read, is_end = stop, self._ended and stop == len(self.ids)
+        text = self._in_runs.feed_all(self.ids[start : stop - (is_end and self._last_is_hidden)])
+        return text + self._in_runs.finish() if is_end else text
+
     def _write(self, stop: int) -> None:
         """Make the text of the tokens before `stop`. What was held back comes with the last one."""
         for n in range(len(self._pieces), stop):
             is_last = self._ended and n == len(self.ids) - 1
             hidden = is_last and self._last_is_hidden
-            piece = TextPiece("", self._text.offset) if hidden else self._text.feed(self.ids[n])
+            piece = TextPiece("", self._by_token.offset) if hidden else self._by_token.feed(self.ids[n])
             self._pieces.append(piece)
         if self._ended and stop == len(self.ids) and stop:
-            self._pieces[-1] = TextPiece(self._pieces[-1].text + self._text.finish(), self._pieces[-1].offset)
+            self._pieces[-1] = TextPiece(self._pieces[-1].text + self._by_token.finish(), self._pieces[-1].offset)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -127,6 +145,11 @@ class RequestOutput:
         """Depths of the tokens."""
         return self.log.depths[self.start : self.stop]
 
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the tokens come with log-probabilities."""
+        return self.start < self.stop and self.log.logprobs[self.start] is not None
+
     @cached_property
     def tokens(self) -> tuple[TokenOutput, ...]:
         """The tokens with all that is known of them."""
@@ -135,4 +158,4 @@ class RequestOutput:
     @cached_property
     def text(self) -> str:
         """Their text."""
-        return "".join(token.text for token in self.tokens)
+        return self.log.text(self.start, self.stop)

@@ -143,6 +143,8 @@ def draw_tokens(
     min_p_N: Tensor,
     seed_N: Tensor,
     index_N: Tensor,
+    *,
+    limited: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The next tokens (N,), -1 where there is none to choose, and the log-probabilities that the model gave them."""
     rows = [

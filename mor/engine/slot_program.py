@@ -31,11 +31,12 @@ from mor.model.modeling_mor import MorForCausalLM
 @dataclass(frozen=True, kw_only=True)
 class VisitShape:
     """`slots`: the first of them take part. `turns`: how many may turn, 0 for a visit of the block alone. `longest`: a
-    bound on entries that one sees."""
+    bound on entries that one sees. `limited`: whether any draws with top-k or top-p."""
 
     slots: int
     turns: int
     longest: int
+    limited: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class SlotProgram:
         x_CD = self._outer_layers(
             self._model.last_layers, turning.x_CD, turning.places, shape, first=self._plan.num_outer
         )
-        places = self._steps.advance(turning, *self._drawn(turning, x_CD))
+        places = self._steps.advance(turning, *self._drawn(turning, x_CD, shape))
         x_CD = self._model.embed_tokens(turning.ints_CI[:, Int.TOKEN])
         x_CD = self._outer_layers(self._model.first_layers, x_CD, places, shape, first=0)
         return Entering(turning=turning, x_CD=x_CD, begun=self._begin(x_CD, turning.ints_CI, turning.floats_CF))
@@ -128,7 +129,7 @@ class SlotProgram:
             [self._store.block_layers[layer] for layer, _ in order],
         )
 
-    def _drawn(self, turning: Turning, x_CD: Tensor) -> tuple[Tensor, Tensor]:
+    def _drawn(self, turning: Turning, x_CD: Tensor, shape: VisitShape) -> tuple[Tensor, Tensor]:
         """The next tokens (C,) and their log-probabilities."""
         ints, floats = turning.ints_CI, turning.floats_CF
         return self._ops.draw_tokens(  # type: ignore[no-any-return]
@@ -139,6 +140,7 @@ class SlotProgram:
             floats[:, Float.MIN_P],
             ints[:, Int.SEED],
             ints[:, Int.MADE],
+            limited=shape.limited,
         )
 
     def _rows(self, places: Places, shape: VisitShape) -> _Rows:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mor.engine.slot_state import Float, Int
@@ -144,11 +143,9 @@ class TokenChoiceSlots:
         self._router = router
 
     def begin(self, x_ND: Tensor, ints: Tensor, floats: Tensor) -> Begun:
-        # One row more: the compiler of torch 2.11 fails on a single one.
-        x_ND, bias_NR = F.pad(x_ND, (0, 0, 0, 1)), F.pad(_thresholds(floats), (0, 0, 0, 1))
-        depth_N, gate_N = self._router.pick(x_ND[:, None], DepthRule(bias=bias_NR))[:2]
+        depth_N, gate_N = self._router.pick(x_ND[:, None], DepthRule(bias=_thresholds(floats)))[:2]
         return Begun(
-            taken_N=ints[:, Int.LIMIT] > 0, gate_N=gate_N[:-1, 0].float(), target_N=depth_N[:-1, 0].to(torch.int64)
+            taken_N=ints[:, Int.LIMIT] > 0, gate_N=gate_N[:, 0].float(), target_N=depth_N[:, 0].to(torch.int64)
         )
 
     def merge(self, stream_ND: Tensor, x_ND: Tensor, y_ND: Tensor, ints: Tensor, floats: Tensor) -> Merged:

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -268,7 +269,8 @@ class SlotRunner:
         many_are_new = num_new > max(1, slots // 8)
         longest = self.ahead + max(tenant.request.num_known for tenant in self._tenants.values())
         turns = slots if self._turns_once or many_are_new else places
-        return VisitShape(slots=slots, turns=turns, longest=self._bound(longest))
+        limited = any(tenant.row.is_limited for tenant in self._tenants.values())
+        return VisitShape(slots=slots, turns=turns, longest=self._bound(longest), limited=limited)
 
     def _bound(self, longest: int) -> int:
         """The bound on entries that a visit of sequences this long has."""
@@ -277,15 +279,20 @@ class SlotRunner:
             bound *= 4
         return min(bound, self._max_length)
 
-    def warm_up(self, sizes: Sequence[int] | None = None, lengths: Sequence[int] = (1,)) -> None:
+    def warm_up(
+        self,
+        sizes: Sequence[int] | None = None,
+        lengths: Sequence[int] = (1,),
+        limits: Sequence[bool] = (False, True),
+    ) -> None:
         """Capture the visits that these numbers of slots (None: all there may be) need for sequences up to these
-        lengths, so that none of them is captured while requests wait."""
+        lengths, with top-k and top-p or without, so that none of them is captured while requests wait."""
         most = self._state.num_slots
         for slots in sorted({min(size, most) for size in sizes or SIZES}):
             turns = {slots} if self._turns_once else {slots, self._rate.places(slots)}
             turns |= {0} if self._period > 1 else set()
-            for longest in {self._bound(length) for length in lengths}:
-                self._graphs.prepare([VisitShape(slots=slots, turns=t, longest=longest) for t in sorted(turns)])
+            kinds = product(sorted(turns), {self._bound(length) for length in lengths}, limits)
+            self._graphs.prepare([VisitShape(slots=slots, turns=t, longest=b, limited=is_so) for t, b, is_so in kinds])
 
     def _sent(self, visits: int) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
         """Reports and lengths on their way to the host."""

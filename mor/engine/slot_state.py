@@ -85,6 +85,11 @@ class SlotRow:
     min_p: float = 0.0
     thresholds: Sequence[float] = ()
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether it draws with top-k or top-p."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
     def ints(self) -> list[int]:
         """Columns of `SlotState.ints`."""
         stops = [*self.stops, *[NOTHING] * (NUM_STOPS - len(self.stops))]

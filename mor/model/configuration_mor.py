@@ -127,7 +127,7 @@ class MorConfig(PreTrainedConfig):
     balancing_loss_coef: float | int = 0.1
     balancing_update_rate: float | int = 0.001
     balancing_warmup_steps: int = 0
-    threshold_decay: float | int = 0.9
+    threshold_decay: float | int = 0.5
     fixed_depths: list | tuple | None = None
     router_seed: int = 0
     mean_depth: float | int | None = None

@@ -265,12 +265,12 @@ class AsyncEngine:
 
     def _progress(self, message: Progress) -> None:
         self.load = message.load
-        if self._observer is not None:
-            self._observer.loaded(message.load)
         for news in message.news:
             sample = self._samples.get(news.id)
             if sample is not None:
                 self._tell(sample, news)
+        if self._observer is not None:
+            self._observer.loaded(message.load)
 
     def _tell(self, sample: _Sample, news: News) -> None:
         now = self._last_heard

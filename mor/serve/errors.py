@@ -28,12 +28,20 @@ class ErrorReply(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer that is an error. `retry_after`: seconds after which to try again."""
+    """An answer that is an error. `retry_after`: seconds after which to try again. `allow`: methods that are served."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str, retry_after: int | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str,
+        retry_after: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
+        self.allow = allow
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
     def body(self) -> dict[str, Any]:
@@ -44,6 +52,7 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """Headers of the response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers |= {} if self.allow is None else {"Allow": self.allow}
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
@@ -66,6 +75,12 @@ def unsupported(param: str, instead: str = "leave it out") -> ApiError:
 def too_large(limit: int) -> ApiError:
     """The body exceeds the limit."""
     return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+
+
+def forbidden_origin(origin: str) -> ApiError:
+    """A web page of elsewhere asks."""
+    message = f"pages of {origin[:200]!r} may not ask this server; --cors-origin lets them, an API key lets any"
+    return ApiError(403, message, code="origin_not_allowed")
 
 
 def overloaded(limit: int) -> ApiError:

@@ -110,22 +110,26 @@ class Scored:
 
 
 class Token(NamedTuple):
-    """A generated token, as `mor.engine.outputs.TokenOutput` describes it. (Tuples travel fastest.)"""
+    """A generated token as log-probabilities tell of it, otherwise as `mor.engine.outputs.TokenOutput` describes it."""
 
     token: int
-    text: str
     offset: int
-    logprob: float | None
+    logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
     depth: int
 
 
 class News(NamedTuple):
-    """What is new of the sample `id`. `error`: why it failed, for the log."""
+    """What is new of the sample `id`: text, and the depth of each new token. (Tuples of plain values travel fastest.)
+
+    `tokens`: as many, where log-probabilities are asked for, else none. `error`: why it failed, for the log.
+    """
 
     id: str
     prompt_tokens: int
     cached_tokens: int
+    text: str
+    depths: tuple[int, ...]
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None
     error: str | None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from mor.serve.messages import Load, ModelFacts, News
 
@@ -35,6 +39,34 @@ class TokenRate:
         return sum(tokens for second, tokens in self._counts if second >= since) / RATE_WINDOW
 
 
+class Counts(Collector):
+    """A histogram: how many values are at most as large as each of `bounds`. (Prometheus's own takes one value at a
+    time, and longer for it than the rest of the server for all that it does with a token.)
+    """
+
+    def __init__(self, name: str, summary: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
+        self._name, self._summary, self._bounds = name, summary, bounds
+        self._counts, self._sum = [0] * (len(bounds) + 1), 0.0
+        registry.register(self)
+
+    def add(self, value: float, times: int = 1) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    @property
+    def mean(self) -> float:
+        """Of all values, NaN when there are none."""
+        count = sum(self._counts)
+        return self._sum / count if count else float("nan")
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """As Prometheus reads it."""
+        names = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        buckets = list(zip(names, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._summary, buckets=buckets, sum_value=self._sum)
+
+
 class Metrics:
     """All of a server's numbers, in a registry of its own. An `Observer` of the engine."""
 
@@ -48,12 +80,8 @@ class Metrics:
         self.tokens = Counter("mor_generated_tokens", "Tokens generated", registry=registry)
         self.preemptions = Counter("mor_preemptions", "Requests that gave their pages to older ones", registry=registry)
         self.samples = Counter("mor_samples", "Samples that ended", ["reason"], registry=registry)
-        self.first_token = Histogram(
-            "mor_time_to_first_token_seconds", "From request to first token", buckets=SECONDS, registry=registry
-        )
-        self.between_tokens = Histogram(
-            "mor_inter_token_seconds", "Between the tokens of a sample", buckets=SECONDS, registry=registry
-        )
+        self.first_token = Counts("mor_time_to_first_token_seconds", "From request to first token", SECONDS, registry)
+        self.between_tokens = Counts("mor_inter_token_seconds", "Between the tokens of a sample", SECONDS, registry)
         self.running = Gauge("mor_requests_running", "Samples in the engine's visits", registry=registry)
         self.waiting = Gauge("mor_requests_waiting", "Samples that wait to run", registry=registry)
         self.pages_free = Gauge("mor_kv_pages_free", "Pages that nobody holds", registry=registry)
@@ -62,9 +90,9 @@ class Metrics:
         speed = Gauge("mor_tokens_per_second", "Tokens per second, over the last 10 s", registry=registry)
         speed.set_function(self.rate)
         mean = Gauge("mor_mean_depth", "Block applications per generated token, since the start", registry=registry)
-        mean.set_function(lambda: self._depth_sum / self._depth_count if self._depth_count else float("nan"))
-        self._depths: Histogram | None = None
-        self._depth_sum, self._depth_count = 0, 0
+        mean.set_function(lambda: float("nan") if self._depths is None else self._depths.mean)
+        self._depths: Counts | None = None
+        self._new_tokens = 0
         self._preemptions = 0
 
     def opened(self, facts: ModelFacts) -> None:
@@ -72,37 +100,30 @@ class Metrics:
         self.pages_total.set(facts.num_pages)
         self.pages_free.set(facts.num_pages)
         if self._depths is None:
-            self._depths = Histogram(
-                "mor_token_depth",
-                "Block applications of generated tokens",
-                buckets=tuple(range(1, facts.num_recursions + 1)),
-                registry=self.registry,
-            )
+            depths = range(1, facts.num_recursions + 1)
+            self._depths = Counts("mor_token_depth", "Block applications of generated tokens", depths, self.registry)
 
     def heard(self, news: News, *, since_open: float, since_last: float | None) -> None:
         """A sample's news. Seconds since its request was made, and since its last news."""
-        if news.tokens:
-            self._count_tokens(news)
+        if news.depths:
+            self._new_tokens += len(news.depths)
+            if self._depths is not None:
+                for depth in set(news.depths):
+                    self._depths.add(depth, news.depths.count(depth))
             if since_last is None:
-                self.first_token.observe(since_open)
+                self.first_token.add(since_open)
                 self.prompt_tokens.inc(news.prompt_tokens)
                 self.cached_tokens.inc(news.cached_tokens)
             else:
-                self.between_tokens.observe(since_last / len(news.tokens))
+                self.between_tokens.add(since_last / len(news.depths), len(news.depths))
         if news.finished:
             self.samples.labels(news.finish_reason or "error").inc()
 
-    def _count_tokens(self, news: News) -> None:
-        self.tokens.inc(len(news.tokens))
-        self.rate.add(len(news.tokens))
-        for token in news.tokens:
-            self._depth_sum += token.depth
-            self._depth_count += 1
-            if self._depths is not None:
-                self._depths.observe(token.depth)
-
     def loaded(self, load: Load) -> None:
-        """The engine's own counts."""
+        """The engine's own counts, after the news they come with."""
+        self.tokens.inc(self._new_tokens)
+        self.rate.add(self._new_tokens)
+        self._new_tokens = 0
         self.running.set(load.running)
         self.waiting.set(load.waiting)
         self.pages_free.set(load.pages_free)

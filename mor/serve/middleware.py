@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 from typing import Any
 
@@ -12,8 +11,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mor.serve.errors import ApiError, too_large, too_many
+from mor.serve.errors import ApiError, forbidden_origin, too_large, too_many
 from mor.serve.metrics import Metrics
+from mor.serve.options import ServeOptions
+from mor.serve.writers import encode
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +34,12 @@ OPEN_FOLDER = "/page/"
 
 
 class JsonResponse(Response):
-    """JSON in ASCII, so that no text of a client can break it, lone surrogates included."""
+    """JSON as `writers.encode` writes it."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+        return encode(content).encode()
 
 
 def error_response(error: ApiError) -> JsonResponse:
@@ -49,9 +50,9 @@ def error_response(error: ApiError) -> JsonResponse:
 class Guard:
     """The outermost layer of the application.
 
-    It adds the security headers, asks for the key (compared in constant time), bounds how many requests there are, how
-    large they are and how long they take to come, counts responses, and answers 500 without a trace when something
-    failed.
+    It adds the security headers, asks for the key (compared in constant time), turns foreign pages away, bounds how
+    many requests there are, how large they are and how long they take to come, counts responses, and answers 500
+    without a trace when something failed.
     """
 
     def __init__(
@@ -60,15 +61,11 @@ class Guard:
         *,
         metrics: Metrics,
         known_paths: frozenset[str],
-        api_key: str | None,
-        max_requests: int,
-        max_body_bytes: int,
-        read_seconds: float,
+        options: ServeOptions,
     ) -> None:
-        self._max_requests, self._num_requests = max_requests, 0
-        self._app, self._metrics, self._known_paths = app, metrics, known_paths
-        self._key = None if api_key is None else api_key.encode()
-        self._max_body_bytes, self._read_seconds = max_body_bytes, read_seconds
+        self._app, self._metrics, self._known_paths, self._options = app, metrics, known_paths, options
+        self._key = None if options.api_key is None else options.api_key.encode()
+        self._num_requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -85,7 +82,7 @@ class Guard:
                 self._metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
-        body = _Body(receive, self._max_body_bytes, self._read_seconds)
+        body = _Body(receive, self._options.max_body_bytes, self._options.read_seconds)
         self._num_requests += 1
         try:
             self._check(scope)
@@ -94,7 +91,7 @@ class Guard:
             if not started:
                 await error_response(error)(scope, receive, guarded_send)
         except Exception:
-            logger.exception("a request failed: %s %s", scope["method"], scope["path"])
+            logger.exception("a request failed: %s %r", scope["method"], scope["path"])
             if not started:
                 failure = ApiError(500, "something failed in the server", code="internal_error")
                 await error_response(failure)(scope, receive, guarded_send)
@@ -102,12 +99,15 @@ class Guard:
             self._num_requests -= 1
 
     def _check(self, scope: Scope) -> None:
-        if self._num_requests > self._max_requests:
-            raise too_many(self._max_requests)
+        if self._num_requests > self._options.max_connections:
+            raise too_many(self._options.max_connections)
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._max_body_bytes:
-            raise too_large(self._max_body_bytes)
+        if not length.isdigit() or int(length) > self._options.max_body_bytes:
+            raise too_large(self._options.max_body_bytes)
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and not self._options.may_ask(origin):
+            raise forbidden_origin(origin)
         path: str = scope["path"]
         if self._key is None or path in OPEN_PATHS or path.startswith(OPEN_FOLDER) or scope["method"] == "OPTIONS":
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,10 @@ class ServeOptions:
         max_tokens: that one sample may be asked to generate; None is what the model's length leaves.
         max_choices: samples of one request, prompts times n.
         max_connections: clients at a time; others get 503.
-        max_unread: tokens that a client may leave unread before it loses its request.
+        max_unread: tokens of each choice, alternatives counted too, that a client may leave unread before it loses its
+            request.
         read_seconds: that a client may take to send its request.
-        write_seconds: that a client may take to accept what is written to it.
+        write_seconds: that a client may take to accept something of what is written to it.
         drain_seconds: that open requests get after SIGTERM.
     """
 
@@ -65,9 +67,25 @@ class ServeOptions:
     @property
     def is_public(self) -> bool:
         """Whether other machines can reach the server."""
-        if self.host == "localhost":
-            return False
-        try:
-            return not ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
+        return not is_loopback(self.host)
+
+    def may_ask(self, origin: str) -> bool:
+        """Whether a web page of `origin` may ask. Without a key, a server that only this machine can reach trusts its
+        pages alone: the name of another page's host can be made to lead here (DNS rebinding).
+        """
+        if self.api_key is not None or self.is_public or not {"*", origin}.isdisjoint(self.cors_origins):
             return True
+        try:
+            return is_loopback(urlsplit(origin).hostname or "")
+        except ValueError:
+            return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -12,6 +12,8 @@ from mor.serve.wire import WireProtocol
 from mor.serve.worker import EngineSource, run_worker
 
 END_SECONDS = 5.0
+BUFFER = 2**22
+"""Bytes that the engine may say before it waits for the loop to listen: a second or so of a fast one."""
 
 
 class EngineProcess:
@@ -25,6 +27,7 @@ class EngineProcess:
         self._ended = ended
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         context = multiprocessing.get_context("spawn")
         self._process = context.Process(target=run_worker, args=(source, theirs), name="mor-engine", daemon=True)
         self._process.start()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,9 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from mor.serve.errors import ApiError
 from mor.serve.stream import Piece, Stream
-from mor.serve.writers import Writer
-
-logger = logging.getLogger(__name__)
+from mor.serve.writers import Writer, encode
 
 
 class ClientGone(Exception):
@@ -56,41 +51,37 @@ async def read_all(stream: Stream, request: Request) -> list[Piece]:
 class EventStream(Response):
     """Server-sent events: each chunk as it comes, `[DONE]` at the end, an error in between if need be.
 
-    What has come while the client was not ready goes out together. A client that does not take what is written to it
-    within `write_seconds` is cut off.
+    What has come while the client was not ready goes out together.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: Stream, writer: Writer, *, write_seconds: float) -> None:
+    def __init__(self, stream: Stream, writer: Writer) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._stream, self._writer, self._write_seconds = stream, writer, write_seconds
+        self._stream, self._writer = stream, writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cut: Callable[[], None] = scope.get("state", {}).get("cut_connection", lambda: None)
         async with until_gone(self._stream, receive):
-            try:
-                await self._write(send)
-            except TimeoutError:
-                logger.info("a client did not read for %g s; it is cut off", self._write_seconds)
-                cut()
+            await self._write(send)
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await self._send(send, self._writer.first_chunks())
+        before = self._writer.first_events()
         try:
-            while news := await self._stream.next():
-                await self._send(send, self._writer.chunks(news))
-            if not self._stream.is_done:
-                return  # the client is gone
-            await self._send(send, self._writer.last_chunks(), "data: [DONE]\n\n")
+            while True:
+                news = await self._stream.next()
+                events = before + self._writer.events(news)
+                if self._stream.is_done:
+                    break
+                if not news:
+                    return  # the client is gone
+                await self._send(send, events)
+                before = ""
+            events += self._writer.last_events()
         except ApiError as error:
-            await self._send(send, [error.body()])
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            events = f"data: {encode(error.body())}\n\n"
+        await self._send(send, events, is_last=True)
 
-    async def _send(self, send: Send, chunks: list[dict[str, Any]], after: str = "") -> None:
-        events = "".join(f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n" for chunk in chunks) + after
-        if events:
-            async with asyncio.timeout(self._write_seconds):
-                await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+    async def _send(self, send: Send, events: str, *, is_last: bool = False) -> None:
+        await send({"type": "http.response.body", "body": events.encode(), "more_body": not is_last})

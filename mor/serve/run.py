@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 from asyncio import TimerHandle, Transport
@@ -25,18 +26,46 @@ SPARE_CONNECTIONS = 64
 
 
 class Connection(H11Protocol):
-    """A connection that has `header_seconds` to send the head of a request, and that responses can cut."""
+    """A connection that has `header_seconds` to send the head of a request, and `write_seconds` to take something of
+    what is written to it, be it the piece of a stream or all of a long answer. Then it is cut off.
+    """
 
     header_seconds = 20.0
+    write_seconds = 20.0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._deadline: TimerHandle | None = None
+        self._next_look: TimerHandle | None = None
+        self._unwritten = 0
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "cut_connection": transport.abort}
+        transport.set_write_buffer_limits(high=0)  # so that nothing more is written while something is unwritten
         self._set_deadline()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unwritten = self.transport.get_write_buffer_size()
+        self._next_look = self.loop.call_later(self.write_seconds, self._look)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_looking()
+
+    def _look(self) -> None:
+        """Has the client taken anything since the last look?"""
+        before, self._unwritten = self._unwritten, self.transport.get_write_buffer_size()
+        if self._unwritten < before:
+            self._next_look = self.loop.call_later(self.write_seconds, self._look)
+        else:
+            logger.info("a client did not read for %g s; it is cut off", self.write_seconds)
+            self.transport.abort()
+
+    def _stop_looking(self) -> None:
+        if self._next_look is not None:
+            self._next_look.cancel()
+            self._next_look = None
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -44,6 +73,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._clear_deadline()
+        self._stop_looking()
         super().connection_lost(exc)
 
     def _set_deadline(self) -> None:
@@ -104,7 +134,8 @@ class Server(uvicorn.Server):
 
 def make_server(app: FastAPI, options: ServeOptions, *, log_level: str = "warning") -> Server:
     """A server to run with `serve()` in an event loop."""
-    protocol = type("Connection", (Connection,), {"header_seconds": options.read_seconds})
+    limits = {"header_seconds": options.read_seconds, "write_seconds": options.write_seconds}
+    protocol = type("Connection", (Connection,), limits)
     config = uvicorn.Config(
         app,
         host=options.host,
@@ -136,6 +167,7 @@ async def serve(app: FastAPI, options: ServeOptions, *, log_level: str = "warnin
         failed = server.should_exit = True
 
     announcer = asyncio.create_task(announce())
+    gc.freeze()  # or every thorough collection would go through all that was imported, while clients wait
     try:
         await server.serve()
     finally:

@@ -72,10 +72,7 @@ def create_app(
         Guard,
         metrics=metrics,
         known_paths=paths,
-        api_key=options.api_key,
-        max_requests=options.max_connections,
-        max_body_bytes=options.max_body_bytes,
-        read_seconds=options.read_seconds,
+        options=options,
     )
     if options.cors_origins:
         app.add_middleware(
@@ -107,7 +104,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
-    refusals = _errors(400, 401, 404, 408, 413, 429, 500, 503)
+    refusals = _errors(400, 401, 403, 404, 408, 413, 429, 500, 503)
     streamed = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
     @app.post("/v1/completions", response_model=Completion, responses={200: streamed, **refusals})
@@ -120,18 +117,18 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """The next turn of a chat."""
         return await service.chat(body, request)
 
-    @app.get("/v1/models", responses=_errors(401, 503))
+    @app.get("/v1/models", responses=_errors(401, 403, 503))
     async def models() -> ModelList:
         """The one model there is."""
         return ModelList(object="list", data=[service.model_card()])
 
-    @app.get("/v1/models/{name:path}", responses=_errors(401, 404, 503))
+    @app.get("/v1/models/{name:path}", responses=_errors(401, 403, 404, 503))
     async def model(name: str) -> ModelCard:
         """A model by its name."""
         service.check_model(name)
         return service.model_card()
 
-    @app.post("/tokenize", responses=_errors(400, 401, 404, 408, 413, 500, 503))
+    @app.post("/tokenize", responses=_errors(400, 401, 403, 404, 408, 413, 500, 503))
     async def tokenize(body: TokenizeRequest) -> Tokens:
         """A text or a chat as token ids."""
         service.check_model(body.model)
@@ -142,7 +139,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             tokens = await service.coder.encode(body.prompt) if body.prompt else []
         return Tokens(tokens=tokens, count=len(tokens), max_model_len=limit)
 
-    @app.post("/detokenize", responses=_errors(400, 401, 404, 408, 413, 500))
+    @app.post("/detokenize", responses=_errors(400, 401, 403, 404, 408, 413, 500))
     async def detokenize(body: DetokenizeRequest) -> DecodedText:
         """Token ids as text."""
         service.check_model(body.model)
@@ -155,7 +152,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         headers = {} if state == "ready" else unavailable(state).headers()
         return JsonResponse({"status": state}, status_code=200 if state == "ready" else 503, headers=headers)
 
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **_errors(401)})
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **_errors(401, 403)})
     async def metrics() -> Response:
         """Numbers for Prometheus."""
         service.metrics.ready.set(service.engine.state == "ready")
@@ -191,7 +188,8 @@ def _as_api_error(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == 404:
         return ApiError(404, "there is nothing at this path", code="not_found")
     if error.status_code == 405:
-        return ApiError(405, f"{request.method} is not served at this path", code="method_not_allowed")
+        allow = (error.headers or {}).get("Allow")
+        return ApiError(405, f"{request.method} is not served at this path", code="method_not_allowed", allow=allow)
     return ApiError(error.status_code, "the body cannot be read as JSON", code="invalid_json")
 
 

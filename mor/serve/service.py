@@ -134,7 +134,7 @@ class Service:
         except BaseException:
             stream.close()
             raise
-        return EventStream(stream, writer, write_seconds=self.options.write_seconds)
+        return EventStream(stream, writer)
 
     def _writer(self, body: Generation, shape: Shape, prompts: Sequence[Sequence[int]]) -> Writer:
         return Writer(

@@ -21,13 +21,14 @@ class Piece:
 class Stream:
     """News of all choices of a request: `feed` and `fail` on the engine's side, `accepted` and `next` on the reader's.
 
-    It holds at most `max_unread` tokens. A client that leaves more than that unread is too slow and loses its request,
-    so that it costs neither memory nor the others' time. `closed` is called once, when nothing more is wanted.
+    It holds at most `max_unread` tokens for each choice, alternatives counted as tokens. A client that leaves more than
+    that unread is too slow and loses its request, so that it costs neither memory nor the others' time. `closed` is
+    called once, when nothing more is wanted.
     """
 
     def __init__(self, num_choices: int, *, max_unread: int, closed: Callable[[Stream], None]) -> None:
         self.num_choices = num_choices
-        self._max_unread, self._closed = max_unread, closed
+        self._max_unread, self._closed = max_unread * num_choices, closed
         self._unread: list[Piece] = []
         self._num_unread = 0
         self._open = set(range(num_choices))
@@ -50,7 +51,7 @@ class Stream:
         """News, in order for each choice."""
         if self._is_closed or self._error is not None:
             return
-        self._num_unread += len(piece.news.tokens)
+        self._num_unread += len(piece.news.depths) + sum(len(token.top_logprobs) for token in piece.news.tokens)
         if self._num_unread > self._max_unread:
             self.fail(slow_reader(self._max_unread))
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import signal
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from mor.serve.wire import Wire
 
 if TYPE_CHECKING:
     from mor.engine.engine import Engine
-    from mor.engine.outputs import RequestOutput
+    from mor.engine.outputs import RequestOutput, TokenOutput
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def run_worker(source: EngineSource, end: socket) -> None:
     try:
         engine = source.open()
         engine.warm_up()
+        gc.freeze()  # or every thorough collection would go through all that was imported, while requests wait
         worker = Worker(engine, wire)
         wire.send(Ready(facts=model_facts(engine)))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -189,7 +191,7 @@ class Worker:
                 raise
             return
         for sample in news:
-            if sample.tokens:
+            if sample.depths:
                 self._failures = 0
             if sample.finished:
                 self._forget(sample.id)
@@ -223,10 +225,14 @@ def _news(output: RequestOutput) -> News:
         id=output.id,
         prompt_tokens=output.prompt_tokens,
         cached_tokens=output.cached_tokens,
-        tokens=tuple(
-            Token(token.token, token.text, token.offset, token.logprob, token.top_logprobs, token.depth)
-            for token in output.tokens
-        ),
+        text=output.text,
+        depths=tuple(output.depths),
+        tokens=tuple(map(_token, output.tokens)) if output.has_logprobs else (),
         finish_reason=output.finish_reason,
         error=output.error,
     )
+
+
+def _token(token: TokenOutput) -> Token:
+    assert token.logprob is not None
+    return Token(token.token, token.offset, token.logprob, token.top_logprobs, token.depth)

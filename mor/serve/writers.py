@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mor.serve.messages import Token, TokenScore
+from mor.serve.messages import News, Token, TokenScore
 from mor.serve.stream import Piece
 from mor.serve.vocabulary import Vocabulary
 
 Json = dict[str, Any]
+
+encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+"""JSON in ASCII, so that no text can break it, lone surrogates included."""
 
 
 @dataclass(kw_only=True)
@@ -20,17 +24,15 @@ class Part:
     """Text and tokens of a choice: all of them, or what is new."""
 
     text: str = ""
+    depths: list[int] = field(default_factory=list[int])
     tokens: list[Token] = field(default_factory=list[Token])
     finish_reason: str | None = None
 
-    def add(self, piece: Piece) -> None:
-        self.text += "".join(token.text for token in piece.news.tokens)
-        self.tokens += piece.news.tokens
-        self.finish_reason = piece.news.finish_reason
-
-    @property
-    def depths(self) -> list[int]:
-        return [token.depth for token in self.tokens]
+    def add(self, news: News) -> None:
+        self.text += news.text
+        self.depths += news.depths
+        self.tokens += news.tokens
+        self.finish_reason = news.finish_reason
 
 
 class Tally:
@@ -44,8 +46,8 @@ class Tally:
     def add(self, piece: Piece, samples_per_prompt: int) -> None:
         """Count what is new."""
         news = piece.news
-        self.completion_tokens += len(news.tokens)
-        self._depths += sum(token.depth for token in news.tokens)
+        self.completion_tokens += len(news.depths)
+        self._depths += sum(news.depths)
         self._cached.setdefault(piece.choice // samples_per_prompt, news.cached_tokens)
 
     def usage(self) -> Json:
@@ -95,21 +97,22 @@ class Writer:
         self._shape, self._num_choices, self._samples_per_prompt = shape, num_choices, samples_per_prompt
         self._usage_at_end, self._usage_always = usage_at_end, usage_always
         self._head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._chunk_head = encode(self._head | {"object": shape.chunk_object})[:-1]
         self.tally = Tally(prompt_tokens)
 
-    def first_chunks(self) -> list[Json]:
-        """What comes before any token."""
+    def first_events(self) -> str:
+        """What comes before any token, as server-sent events."""
         firsts = [self._shape.first_chunk(index) for index in range(self._num_choices)]
-        return [self._chunk([choice]) for choice in firsts if choice is not None]
+        return "".join(self._event([choice]) for choice in firsts if choice is not None)
 
-    def chunks(self, pieces: Iterable[Piece]) -> list[Json]:
-        """News as chunks, one for each choice that has any."""
+    def events(self, pieces: Iterable[Piece]) -> str:
+        """News, one event for each choice that has any."""
         parts = self._gather(pieces)
-        return [self._chunk([self._shape.chunk_choice(index, part)]) for index, part in parts.items()]
+        return "".join(self._event([self._shape.chunk_choice(index, part)]) for index, part in parts.items())
 
-    def last_chunks(self) -> list[Json]:
+    def last_events(self) -> str:
         """What comes after all tokens."""
-        return [self._chunk([]) | {"usage": self.tally.usage()}] if self._usage_at_end else []
+        return (self._event([], with_usage=True) if self._usage_at_end else "") + "data: [DONE]\n\n"
 
     def whole(self, pieces: Iterable[Piece]) -> Json:
         """The response that holds everything."""
@@ -125,12 +128,12 @@ class Writer:
         parts: dict[int, Part] = {}
         for piece in pieces:
             self.tally.add(piece, self._samples_per_prompt)
-            parts.setdefault(piece.choice, Part()).add(piece)
+            parts.setdefault(piece.choice, Part()).add(piece.news)
         return parts
 
-    def _chunk(self, choices: list[Json]) -> Json:
-        chunk = self._head | {"object": self._shape.chunk_object, "choices": choices}
-        return chunk | {"usage": self.tally.usage()} if self._usage_always else chunk
+    def _event(self, choices: list[Json], *, with_usage: bool = False) -> str:
+        usage = f',"usage":{encode(self.tally.usage())}' if with_usage or self._usage_always else ""
+        return f'data: {self._chunk_head},"choices":{encode(choices)}{usage}}}\n\n'
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,7 @@ def twins(vocabulary: int) -> Study:
     arms = {"vanilla": vanilla(width, vocabulary)}
     arms |= {f"recursive-{r}": recursive(width, vocabulary, r) for r in (2, 3)}
     arms |= {f"mor-{r}": mor(width, vocabulary, r) for r in (2, 3, 4)}
+    arms["threshold-3"] = mor(width, vocabulary, router="threshold_choice")
     budgets = [
         Budget(name="equal-tokens", steps=VANILLA_STEPS),
         Budget(name="equal-flops", flops=flops_of_vanilla(width, vocabulary, recipe)),
@@ -99,9 +100,9 @@ def routers(vocabulary: int) -> Study:
     width = WIDTHS[SIZE]
     arms = {
         "mor-3": mor(width, vocabulary),
-        "threshold-choice": mor(width, vocabulary, router="threshold_choice"),
         "auxiliary-router": mor(width, vocabulary, causal_method="aux_router"),
         "calibration-only": mor(width, vocabulary, causal_method="none"),
+        "threshold-choice": mor(width, vocabulary, router="threshold_choice"),
         "token-balancing-loss": mor(width, vocabulary, **TOKEN_CHOICE, balancing="loss", balancing_loss_coef=0.1),
         "token-loss-free": mor(width, vocabulary, **TOKEN_CHOICE, balancing="loss_free"),
     }
@@ -156,7 +157,10 @@ def gaps(vocabulary: int) -> Study:
     recipe, runs = Recipe(), list[StudyRun]()
     budget = Budget(name="1x", flops=flops_of_vanilla(WIDTHS[SIZE], vocabulary, recipe))
     for size, width in WIDTHS.items():
-        arms = {f"mor-3-{size}": mor(width, vocabulary)}
+        arms = {
+            f"mor-3-{size}": mor(width, vocabulary),
+            f"threshold-3-{size}": mor(width, vocabulary, router="threshold_choice"),
+        }
         runs += grid(arms, seeds=SEEDS, budgets=[budget], recipe=recipe)
     return Study(
         name="gaps",

@@ -57,6 +57,16 @@ def pieces(ids: list[Any], tokenizer: Any = BYTES, **options: Any) -> list[str]:
     return [*(decoder.feed(token) for token in ids), decoder.flush()]
 
 
+def in_runs(ids: list[int], sizes: list[int], tokenizer: Any = BYTES, **options: Any) -> list[str]:
+    """The text of runs of tokens of these sizes, over and over."""
+    decoder, found, start, turn = PieceDecoder(tokenizer, **options), list[str](), 0, 0
+    while start < len(ids):
+        size = sizes[turn % len(sizes)]
+        found.append(decoder.feed_all(ids[start : start + size]))
+        start, turn = start + size, turn + 1
+    return [*found, decoder.flush()]
+
+
 def test_a_character_appears_with_its_last_token() -> None:
     assert pieces(list("aé€".encode())) == ["a", "", "é", "", "", "€", ""]
 
@@ -121,3 +131,46 @@ def test_skipped_tokens_between_words_leave_the_space(words: PreTrainedTokenizer
 def test_a_prompt_of_byte_tokens_changes_nothing(words: PreTrainedTokenizerFast, prompt: str, text: str) -> None:
     before, after = ([5 + byte for byte in part.encode()] for part in (prompt, text))
     assert "".join(pieces(after, words, prompt=before)) == text
+
+
+SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
+
+
+@given(st.text(max_size=60) | AWKWARD, SIZES)
+def test_runs_of_tokens_give_the_text_of_single_ones(text: str, sizes: list[int]) -> None:
+    ids = list(text.encode())
+    found, single = in_runs(ids, sizes), pieces(ids)
+    assert "".join(found) == "".join(single) == text
+    assert len(found[0]) == len("".join(single[:-1][: sizes[0]]))  # as early as token by token
+
+
+@given(st.binary(max_size=60), SIZES)
+def test_runs_of_any_bytes(data: bytes, sizes: list[int]) -> None:
+    assert "".join(in_runs(list(data), sizes)) == data.decode(errors="replace")
+
+
+@given(st.lists(st.sampled_from("▁Hello ▁world <s> <0xC3> <0xA9> <0x41>".split()), max_size=60), SIZES)
+def test_runs_of_words_and_special_tokens(words: PreTrainedTokenizerFast, names: list[str], sizes: list[int]) -> None:
+    ids = [words.convert_tokens_to_ids(name) for name in names]
+    single = "".join(pieces(ids, words, skip_special_tokens=True))
+    assert "".join(in_runs(ids, sizes, words, skip_special_tokens=True)) == single
+
+
+def test_special_tokens_between_runs_leave_the_space(words: PreTrainedTokenizerFast) -> None:
+    hello, start, world = (words.convert_tokens_to_ids(word) for word in ("▁Hello", "<s>", "▁world"))
+    ids = [hello, *[start] * 50, world]
+    for size in (2, 7, 25, 52):
+        assert "".join(in_runs(ids, [size], words, skip_special_tokens=True)) == "Hello world"
+
+
+def test_a_run_costs_few_decodings() -> None:
+    class Counting(ByteChunks):
+        calls = 0
+
+        def decode(self, token_ids: list[int], **_: Any) -> str:
+            self.calls += 1
+            return super().decode(token_ids)
+
+    tokenizer = Counting([b"word "] * 800)
+    assert "".join(in_runs(list(range(800)), [8], tokenizer)) == "word " * 800
+    assert tokenizer.calls < 250

@@ -4,6 +4,7 @@ whatever else is in the slots and however the visits fall into batches."""
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_slots_that_find_no_place_to_turn_wait_for_one(monkeypatch: pytest.Monke
 
     def few(**given: int) -> VisitShape:
         whole = shape(**given)
-        return VisitShape(slots=whole.slots, turns=min(turns, whole.slots), longest=whole.longest)
+        return replace(whole, turns=min(turns, whole.slots))
 
     monkeypatch.setattr(engine.slots, "_shape", few)
     jobs = [Job(name=f"{n}", prompt=random_tokens(draw, 3), params=greedy(6)) for n in range(7)]

@@ -85,7 +85,7 @@ def test_training_computes_what_evaluation_computes(kv_cache: str, capacities: l
 @pytest.mark.parametrize("capacities", [[1, 2 / 3, 1 / 3], [0.9, 0.5, 0.2], [1.0, 1.0, 0.1]], ids=str)
 @torch.no_grad()
 def test_thresholds_follow_the_capacities_over_batches_but_not_in_every_row(capacities: list[float]) -> None:
-    model, _ = untrained(capacities=capacities)
+    model, _ = untrained(capacities=capacities, threshold_decay=0.9)
     seen = []
     for step in range(40):
         depths = model(random_ids(16, 64, seed=step)).depths
@@ -163,7 +163,7 @@ def test_padding_moves_no_threshold() -> None:
 
 @torch.no_grad()
 def test_a_capacity_warm_up_lowers_the_shares_along_its_cosine() -> None:
-    model, _ = untrained(capacity_warmup_steps=40, threshold_decay=0.5)
+    model, _ = untrained(capacity_warmup_steps=40)
     found, expected = [], []
     for step in range(60):
         found.append(shares(model(random_ids(16, 64, seed=step)).depths)[2])

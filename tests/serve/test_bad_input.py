@@ -117,7 +117,8 @@ def test_other_types_of_content_are_not_read(server: Running) -> None:
 
 def test_what_is_not_there(server: Running) -> None:
     assert error_of(server.client.get("/nothing"), 404)["code"] == "not_found"
-    assert error_of(server.client.get(PATH), 405)["code"] == "method_not_allowed"
+    refused = server.client.get(PATH)
+    assert error_of(refused, 405)["code"] == "method_not_allowed" and refused.headers["allow"] == "POST"
     assert server.client.get("/docs").status_code == 404  # it would load scripts from elsewhere
 
 
@@ -127,3 +128,12 @@ def test_fields_of_openai_s_that_say_the_default_are_taken(server: Running) -> N
     assert server.complete(max_tokens=1, best_of=1, logit_bias={}, n=1.0, user="me", top_k=-1).status_code == 200
     fields = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"]}
     assert server.chat("x", max_tokens=1, **fields).status_code == 200
+
+
+def test_a_page_whose_name_leads_here_by_a_trick_is_turned_away(server: Running) -> None:
+    """DNS rebinding: to the browser it is one origin with the server, so nothing else holds it back."""
+    headers = {"Origin": "http://evil.example:8000", "Host": "evil.example:8000"}
+    body = {"prompt": "abc", "max_tokens": 1}
+    assert error_of(server.client.post(PATH, json=body, headers=headers), 403)["code"] == "origin_not_allowed"
+    headers = {"Origin": f"http://localhost:{server.server.port}"}
+    assert server.client.post(PATH, json=body, headers=headers).status_code == 200

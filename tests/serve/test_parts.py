@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from mor.data.tokenizer import byte_tokenizer, train_bpe
-from mor.serve.messages import Abort, Load, ModelFacts, News, Stop, Token
+from mor.serve.messages import Abort, Load, ModelFacts, News, Stop
 from mor.serve.metrics import Metrics, TokenRate
 from mor.serve.options import ServeOptions
 from mor.serve.vocabulary import Vocabulary
@@ -105,6 +106,27 @@ def test_who_can_reach_a_host(host: str, public: bool) -> None:
     assert ServeOptions(model_name="m", host=host).is_public is public
 
 
+@pytest.mark.parametrize(
+    ("origin", "may"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("http://localhost:3000", True),
+        ("http://[::1]:8000", True),
+        ("https://page.example", True),
+        ("https://evil.example", False),
+        ("http://127.0.0.1.evil.example:8000", False),
+        ("http://localhost@evil.example", False),
+        ("http://[bad", False),
+        ("null", False),
+    ],
+)
+def test_which_pages_may_ask_a_server_of_this_machine(origin: str, may: bool) -> None:
+    here = ServeOptions(model_name="m", cors_origins=("https://page.example",))
+    assert here.may_ask(origin) is may
+    for open_to_all in (dict(api_key="k"), dict(host="0.0.0.0"), dict(cors_origins=("*",))):
+        assert replace(here, **open_to_all).may_ask(origin)
+
+
 def test_speed_is_that_of_the_last_ten_seconds() -> None:
     now = [100.0]
     rate = TokenRate(lambda: now[0])
@@ -121,21 +143,25 @@ def test_numbers_of_depths() -> None:
     metrics.opened(ModelFacts(
         vocab_size=9, max_length=8, num_recursions=3, has_dial=True, mean_depth=2.0, kv_bytes=(1, 2, 3), num_pages=7,
     ))  # fmt: skip
-    tokens = tuple(Token(0, "x", 0, None, (), depth) for depth in (1, 3, 3))
-    first = News(id="s", prompt_tokens=4, cached_tokens=1, tokens=tokens, finish_reason=None, error=None)
+    first = News("s", 4, 1, text="xxx", depths=(1, 3, 3), tokens=(), finish_reason=None, error=None)
     metrics.heard(first, since_open=0.3, since_last=None)
-    metrics.heard(first._replace(tokens=tokens[:1], finish_reason="stop"), since_open=0.5, since_last=0.2)
+    metrics.heard(first._replace(depths=(1, 2), finish_reason="stop"), since_open=0.5, since_last=0.2)
     metrics.loaded(Load(running=2, waiting=5, pages_free=3, visits=1, rows=1, preemptions=4))
     metrics.loaded(Load(running=1, waiting=5, pages_free=3, visits=1, rows=1, preemptions=6))
     values = dict(line.rsplit(" ", 1) for line in metrics.text().decode().splitlines() if not line.startswith("#"))
     expected = {
         'mor_token_depth_bucket{le="1.0"}': 2,
-        'mor_token_depth_bucket{le="2.0"}': 2,
-        'mor_token_depth_bucket{le="3.0"}': 4,
+        'mor_token_depth_bucket{le="2.0"}': 3,
+        'mor_token_depth_bucket{le="3.0"}': 5,
+        'mor_token_depth_bucket{le="+Inf"}': 5,
+        "mor_token_depth_sum": 10,
+        "mor_token_depth_count": 5,
         "mor_mean_depth": 2,
         "mor_prompt_tokens_total": 4,
-        "mor_generated_tokens_total": 4,
+        "mor_generated_tokens_total": 5,
         "mor_time_to_first_token_seconds_sum": 0.3,
+        'mor_inter_token_seconds_bucket{le="0.05"}': 0,
+        'mor_inter_token_seconds_bucket{le="0.1"}': 2,
         "mor_inter_token_seconds_sum": 0.2,
         'mor_samples_total{reason="stop"}': 1,
         "mor_requests_running": 1,

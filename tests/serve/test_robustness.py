@@ -90,18 +90,48 @@ def test_a_request_that_can_never_fit_is_no_wait(slow: Running) -> None:
     assert error_of(slow.complete(n=7, max_tokens=1), 400)["param"] == "n"
 
 
+def narrow(server: Running, data: bytes) -> socket.socket:
+    """A connection through which little fits at a time, and on which `data` was sent."""
+    connection = raw(server, b"", SO_RCVBUF=1024)
+    server.wait_until(lambda: len(server.server.server_state.connections) == 2)
+    for other in server.server.server_state.connections:
+        other.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    connection.sendall(data)
+    server.wait_until(lambda: server.engine.num_open == 3)
+    return connection
+
+
 def test_a_slow_reader_loses_its_request_and_nobody_else(slow: Running) -> None:
     """What is written to it fills the connection's buffers, then the stream's: then it has left too much unread."""
-    connection = raw(slow, b"", SO_RCVBUF=1024)
-    slow.wait_until(lambda: len(slow.server.server_state.connections) == 2)
-    for other in slow.server.server_state.connections:
-        other.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    connection.sendall(request_bytes(**LONG, n=3, logprobs=20, stream=True))
-    slow.wait_until(lambda: slow.engine.num_open == 3)
+    connection = narrow(slow, request_bytes(**LONG, n=3, logprobs=20, stream=True))
     assert slow.complete(max_tokens=20, ignore_eos=True).status_code == 200
     slow.wait_until(lambda: is_idle(slow), seconds=3.5)  # the whole answer takes four seconds
     slow.wait_until(lambda: len(slow.server.server_state.connections) == 1)  # cut off
     connection.close()
+
+
+def test_a_whole_answer_that_nobody_reads_is_not_kept(slow: Running) -> None:
+    connection = narrow(slow, request_bytes(max_tokens=60, ignore_eos=True, n=3, logprobs=20))
+    slow.wait_until(lambda: is_idle(slow))
+    slow.wait_until(lambda: len(slow.server.server_state.connections) == 1, seconds=4.0)
+    connection.close()
+
+
+def test_an_answer_that_is_read_slowly_comes_whole(slow: Running) -> None:
+    connection = narrow(
+        slow,
+        request_bytes(max_tokens=60, ignore_eos=True, n=3, logprobs=20).replace(
+            b"Host: x", b"Host: x\r\nConnection: close"
+        ),
+    )
+    slow.wait_until(lambda: is_idle(slow))
+    begin, received = time.monotonic(), b""
+    while part := connection.recv(4_000):  # for longer than a write may stand still
+        received += part
+        time.sleep(0.02)
+    connection.close()
+    assert time.monotonic() - begin > 1.5, len(received)
+    assert json.loads(received.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 180
 
 
 def test_requests_that_come_slowly_are_cut(slow: Running) -> None:

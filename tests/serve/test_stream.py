@@ -14,13 +14,17 @@ from mor.serve.stream import Piece, Stream
 
 
 def piece(choice: int, *tokens: int, end: bool = False) -> Piece:
-    told = tuple(Token(token, "x", 0, None, (), 1) for token in tokens)
-    return Piece(
-        choice=choice,
-        news=News(
-            id="s", prompt_tokens=1, cached_tokens=0, tokens=told, finish_reason="stop" if end else None, error=None
-        ),
+    news = News(
+        id="s",
+        prompt_tokens=1,
+        cached_tokens=0,
+        text="x" * len(tokens),
+        depths=(1,) * len(tokens),
+        tokens=tuple(Token(token, 0, -1.0, (), 1) for token in tokens),
+        finish_reason="stop" if end else None,
+        error=None,
     )
+    return Piece(choice=choice, news=news)
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:

@@ -29,6 +29,15 @@ def _rotated(x_NC, cos_E, sin_E, place_JE, is_in_J1, SIZE: tl.constexpr):
     return (straight_JE.to(tl.float32) + across_JE.to(tl.float32)).to(dtype)
 
 
+@kernel
+def _write_entry(key_E, value_E, new_key_1E, new_value_1E, SIZE: tl.constexpr):
+    """A row's new key and value, read by all its threads, so that no read waits for another; then a barrier."""
+    size_1E = tl.arange(0, SIZE)[None, :]
+    tl.store(key_E + size_1E, new_key_1E)
+    tl.store(value_E + size_1E, new_value_1E)
+    tl.debug_barrier()
+
+
 @kernel(do_not_specialize=["num_splits"])
 def _attend_new(
     qkv_NC,
@@ -82,33 +91,11 @@ def _attend_new(
     value_1E = tl.load(qkv_C + from_11 + HEADS // GROUP * SIZE + size_1E)
     in_group_H1 = tl.arange(0, BLOCK_H)[:, None]
     query_HE = _rotated(qkv_C, cos_1E, sin_1E, (group * GROUP + in_group_H1) * SIZE, in_group_H1 < GROUP, SIZE)
-    if (split + 1) * SPLIT_ENTRIES >= length:  # read by all, so that no read waits for another
-        tl.store(key_XPGE + entry + group * SIZE + size_1E, key_1E)
-        tl.store(value_XPGE + entry + group * SIZE + size_1E, value_1E)
-        tl.debug_barrier()
-    attend_entries(
-        query_HE,
-        key_XPGE,
-        value_XPGE,
-        table_TX,
-        row_N,
-        out_NHE,
-        part_NSHE,
-        lse_NSH,
-        length,
-        scale,
-        page_stride,
-        entry_stride,
-        table_stride,
-        num_splits,
-        HEADS,
-        GROUP,
-        SIZE,
-        ENTRIES,
-        TILE_ENTRIES,
-        SPLIT_ENTRIES,
-        BLOCK_H,
-    )
+    if (split + 1) * SPLIT_ENTRIES >= length:
+        _write_entry(key_XPGE + entry + group * SIZE, value_XPGE + entry + group * SIZE, key_1E, value_1E, SIZE)
+    seen, out = (key_XPGE, value_XPGE, table_TX, row_N), (out_NHE, part_NSHE, lse_NSH)
+    rest = length, scale, page_stride, entry_stride, table_stride, num_splits
+    attend_entries(query_HE, *seen, *out, *rest, HEADS, GROUP, SIZE, ENTRIES, TILE_ENTRIES, SPLIT_ENTRIES, BLOCK_H)
 
 
 def attend_new(

@@ -72,8 +72,8 @@ def _survey_blocks(
     peak = tl.max(x_B, 0)
     base = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)  # no infinity less itself
     place = row * num_blocks + block
-    if block == 0:
-        tl.store(found_N + row, 0)
+    if found_N is not None:
+        tl.store(found_N + row, 0, mask=block == 0)
     tl.store(peak_NS + place, peak)
     tl.store(total_NS + place, tl.sum(tl.exp(tl.minimum(x_B - base, 0.0)), 0))
 
@@ -82,6 +82,15 @@ def _survey_blocks(
 def _lightest(min_p):
     """The least weight that min-p keeps: as weights are integers, its share of 2**40 rounded up."""
     return tl.ceil(min_p.to(tl.float64) * 1099511627776.0).to(tl.int64)
+
+
+@kernel
+def _least(least_N, row):
+    """The scaled logit of a row's cut: all lie above it where no row has one."""
+    least = tl.full([], float("-inf"), tl.float64)
+    if least_N is not None:
+        least = tl.load(least_N + row)
+    return least
 
 
 @kernel
@@ -120,13 +129,13 @@ def _weigh_blocks(
     temperature = tl.load(temperature_N + row * t_stride).to(tl.float64)
     _, _, _, largest, is_sound = row_of_blocks(peak_NS, row, num_blocks, PAD_S)
     if (temperature > 0) & is_sound:
-        lightest, least = _lightest(tl.load(min_p_N + row * m_stride)), tl.load(least_N + row)
+        lightest, least = _lightest(tl.load(min_p_N + row * m_stride)), _least(least_N, row)
         weight_B, is_above_B, is_equal_B = _weights(
             logits_NV + row * row_stride, block * BLOCK_B, largest, temperature, least, lightest, SIZE, BLOCK_B
         )
         place = row * num_blocks + block
         tl.store(mass_NS + place, tl.sum(weight_B, 0))
-        if least > float("-inf"):
+        if (least_N is not None) and (least > float("-inf")):
             tl.store(counts_2NS + place, tl.sum(is_above_B.to(tl.int32), 0))
             equal_NS = counts_2NS + num_rows.to(tl.int64) * num_blocks
             tl.store(equal_NS + place, tl.sum(is_equal_B.to(tl.int32), 0))
@@ -217,11 +226,13 @@ def _choose_tokens(
     if is_sound:
         if temperature > 0:
             uniform = _uniform(tl.load(seed_N + row * s_stride), tl.load(index_N + row * i_stride))
-            lightest, least = _lightest(tl.load(min_p_N + row * m_stride)), tl.load(least_N + row)
-            is_cut_S = tl.arange(0, PAD_S) < tl.where(least > float("-inf"), num_blocks, 0)
-            equal_NS = counts_2NS + num_rows.to(tl.int64) * num_blocks
-            equal_S = tl.load(equal_NS + place_S, mask=is_cut_S, other=0)
-            room = tl.load(kept_N + row) - tl.sum(tl.load(counts_2NS + place_S, mask=is_cut_S, other=0), 0)
+            lightest, least = _lightest(tl.load(min_p_N + row * m_stride)), _least(least_N, row)
+            equal_S, room = tl.zeros([PAD_S], tl.int32), 0
+            if least_N is not None:
+                is_cut_S = tl.arange(0, PAD_S) < tl.where(least > float("-inf"), num_blocks, 0)
+                equal_NS = counts_2NS + num_rows.to(tl.int64) * num_blocks
+                equal_S = tl.load(equal_NS + place_S, mask=is_cut_S, other=0)
+                room = tl.load(kept_N + row) - tl.sum(tl.load(counts_2NS + place_S, mask=is_cut_S, other=0), 0)
             mass_S = tl.load(mass_NS + place_S, mask=is_in_S, other=0)
             drawn = largest, temperature, least, lightest, uniform
             token = _found(logits_V, mass_S, equal_S, room, *drawn, SIZE, BLOCK_B, PAD_S)
@@ -241,20 +252,20 @@ def draw_tokens(
     seed_N: Tensor,
     index_N: Tensor,
     *,
+    limited: bool = True,
     block: int = BLOCK,
     room: int = ROOM,
 ) -> tuple[Tensor, Tensor]:
     """The next token (N,) int64 of each row and its log-probability (N,) float32, as `mor.engine.sampler.sample` has
-    them for `SamplingParams` of these numbers.
+    them for `SamplingParams` of these numbers. `limited` False: no row has top-k or top-p, which are not looked at.
 
     Log-probabilities are of the logits as they came. Token -1 and NaN where the logits hold NaN or infinity or leave no
     token to choose. The six tensors may have any stride, and integers and floats of any width. `block` and `room`,
-    powers of two, are for tuning. Raises ValueError for
-    what the kernel cannot read.
+    powers of two, are for tuning. Raises ValueError for what the kernel cannot read.
     """
     rows = (temperature_N, top_k_N, top_p_N, min_p_N, seed_N, index_N)
     if not runs_kernel(logits_NV):
-        return plain_ops.draw_tokens(logits_NV, *rows)
+        return plain_ops.draw_tokens(logits_NV, *rows, limited=limited)
     if logits_NV.stride(1) != 1 or logits_NV.dtype == torch.float64:
         raise ValueError(f"logits of {logits_NV.dtype} and strides {logits_NV.stride()} are not rows of single floats")
     if any(len(each) != len(logits_NV) or each.device != logits_NV.device for each in rows):
@@ -264,13 +275,14 @@ def draw_tokens(
     token_N = torch.empty(len(logits_NV), dtype=torch.int64, device=logits_NV.device)
     logprob_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
     if len(logits_NV):
-        _launch(logits_NV, rows, token_N, logprob_N, block, room)
+        _launch(logits_NV, rows, token_N, logprob_N, block, room if limited else 0)
     return token_N, logprob_N
 
 
 def _launch(
     logits_NV: Tensor, rows: tuple[Tensor, ...], token_N: Tensor, logprob_N: Tensor, block: int, room: int
 ) -> None:
+    """`room` 0: no row is cut."""
     (num_rows, size), early = logits_NV.shape, starts_early(logits_NV)
     block = min(block, max(16, 1 << (size - 1).bit_length()))
     num_blocks = -(-size // block)
@@ -279,43 +291,16 @@ def _launch(
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits_NV.device)
 
-    temperature, top_k, top_p, min_p, seed, index = ((each, each.stride(0)) for each in rows)
+    temperature, _, _, min_p, seed, index = ((each, each.stride(0)) for each in rows)
     peak_NS, total_NS = empty(torch.float32, 2, *grid)
-    found_N, kept_N = empty(torch.int32, 2, num_rows)
-    mass_NS, least_N = empty(torch.int64, *grid), empty(torch.float64, num_rows)
-    counts_2NS = empty(torch.int32, 2, *grid)
-    shape: dict[str, Any] = dict(
-        EARLY=early,
-        SIZE=size,
-        BLOCK_B=block,
-        PAD_S=triton.next_power_of_2(num_blocks),
-        num_warps=NUM_WARPS,
-        launch_pdl=early,
-    )
-    survey = dict(EARLY=early, SIZE=size, BLOCK_B=block, num_warps=NUM_WARPS, launch_pdl=early)
-    stride = logits_NV.stride(0)
-    _survey_blocks[grid](logits_NV, peak_NS, total_NS, found_N, stride, num_blocks, **survey)
-    limits, strides = (temperature[0], top_k[0], top_p[0], peak_NS), (stride, temperature[1], top_k[1], top_p[1])
-    count_RNST, mass_RNST = empty(torch.int32, 2, *grid, DEPTHS), empty(torch.float32, 2, *grid, DEPTHS)
-    for number in range(2):
-        survey_depths[grid](
-            *(logits_NV, *limits, count_RNST, mass_RNST, *strides, *grid), **shape, ROUND=number, T=DEPTHS
-        )
-    sums_2NS, near_NC = empty(torch.int64, 2, *grid), empty(torch.float32, num_rows, room)
-    gathered = counts_2NS[0], sums_2NS, found_N, near_NC
-    gather_near_cut[grid](
-        *(logits_NV, *limits, count_RNST, mass_RNST, *gathered, *strides, *grid),
-        **shape,
-        ROUNDS=2,
-        T=DEPTHS,
-        C=room,
-    )
-    find_cut[(num_rows,)](
-        *(logits_NV, *limits, *gathered, least_N, kept_N, *strides, *grid),
-        **shape | dict(num_warps=_CUT_WARPS),
-        SHIFT=16 if logits_NV.dtype == torch.bfloat16 else 0,
-        C=room,
-    )
+    mass_NS, stride = empty(torch.int64, *grid), logits_NV.stride(0)
+    found_N = empty(torch.int32, num_rows) if room else None
+    least_N, kept_N, counts_2NS = None, None, None
+    alike: dict[str, Any] = dict(EARLY=early, SIZE=size, BLOCK_B=block, num_warps=NUM_WARPS, launch_pdl=early)
+    shape: dict[str, Any] = alike | dict(PAD_S=triton.next_power_of_2(num_blocks))
+    _survey_blocks[grid](logits_NV, peak_NS, total_NS, found_N, stride, num_blocks, **alike)
+    if found_N is not None:
+        least_N, kept_N, counts_2NS = _cut(logits_NV, rows[:3], peak_NS, found_N, room, shape)
     _weigh_blocks[grid](
         *(logits_NV, temperature[0], min_p[0], peak_NS, least_N, mass_NS, counts_2NS),
         *(stride, temperature[1], min_p[1], *grid),
@@ -327,3 +312,33 @@ def _launch(
         *(stride, temperature[1], min_p[1], seed[1], index[1], *grid),
         **shape,
     )
+
+
+def _cut(
+    logits_NV: Tensor, limits: tuple[Tensor, ...], peak_NS: Tensor, found_N: Tensor, room: int, shape: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each row is cut, the scaled logit (N,) and how many are kept (N,); and room for counts (2, N, S) of what
+    lies above and at it."""
+    grid, num_rows = peak_NS.shape, len(peak_NS)
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits_NV.device)
+
+    strides = logits_NV.stride(0), *(each.stride(0) for each in limits)
+    known = logits_NV, *limits, peak_NS
+    count_RNST, mass_RNST = empty(torch.int32, 2, *grid, DEPTHS), empty(torch.float32, 2, *grid, DEPTHS)
+    for number in range(2):
+        survey_depths[grid](*(*known, count_RNST, mass_RNST, *strides, *grid), **shape, ROUND=number, T=DEPTHS)
+    counts_2NS, kept_N = empty(torch.int32, 2, *grid), empty(torch.int32, num_rows)
+    least_N = empty(torch.float64, num_rows)
+    gathered = counts_2NS[0], empty(torch.int64, 2, *grid), found_N, empty(torch.float32, num_rows, room)
+    gather_near_cut[grid](
+        *(*known, count_RNST, mass_RNST, *gathered, *strides, *grid), **shape, ROUNDS=2, T=DEPTHS, C=room
+    )
+    find_cut[(num_rows,)](
+        *(*known, *gathered, least_N, kept_N, *strides, *grid),
+        **shape | dict(num_warps=_CUT_WARPS),
+        SHIFT=16 if logits_NV.dtype == torch.bfloat16 else 0,
+        C=room,
+    )
+    return least_N, kept_N, counts_2NS

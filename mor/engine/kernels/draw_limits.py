@@ -29,7 +29,7 @@ from mor.engine.kernels.launch import kernel
 DEPTHS = 16
 """Depths that a survey looks at."""
 
-ROOM = 8192
+ROOM = 4096
 """Tokens of a row that can be gathered."""
 
 

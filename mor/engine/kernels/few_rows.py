@@ -157,7 +157,7 @@ def linear_small(
     eps: float = 1e-5,
     gated: bool = False,
     onto_NM: Tensor | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
     num_warps: int = NUM_WARPS,
     early: int | None = None,
 ) -> Tensor:
@@ -175,6 +175,7 @@ def linear_small(
     check_linear(x_NK, weight_MK, bias_M, norm_K, onto_NM, gated=gated, max_rows=MAX_ROWS)
     num_rows, size = len(x_NK), len(weight_MK) // 2 if gated else len(weight_MK)
     out_NF = torch.empty(num_rows, size, device=x_NK.device, dtype=x_NK.dtype) if onto_NM is None else onto_NM
+    block = block or (2 * BLOCK if gated and num_rows == 1 else BLOCK)
     early = early_step(x_NK, is_first=norm_K is not None and not gated) if early is None else early
     if num_rows:
         _linear_small[(-(-size // block),)](

@@ -32,11 +32,16 @@ NUM_WARPS = 2
 """Sums of several warps are rounded in another order, so this is one number for any batch too."""
 
 NUM_STAGES = 2
-FEW_STAGES = 5
+FEW_STAGES = 3
 """Tiles and pages on their way; the second where there are at most `FEW_PROGRAMS`, each with a multiprocessor's memory
 nearly to itself. Changes no rounding."""
 
 FEW_PROGRAMS = 264
+
+FEW_REGISTERS = 96
+"""A thread's, where rows have one split: ten programs then fit a multiprocessor instead of eight, and 256 short rows
+one wave. With several splits it costs more than it gives. Changes no rounding."""
+
 _JOINED = 8  # splits that the second kernel reads at a time
 _LOG2E = 1.4426950408889634
 
@@ -309,7 +314,8 @@ def run_splits(
     shared = dict(HEADS=heads, SIZE=size, SPLIT_ENTRIES=split)
     strides = row_stride, *key_XPGE.stride()[:2], table_TX.stride(0)
     is_few = num_rows * groups * num_splits <= FEW_PROGRAMS
-    early = starts_early(last_N) if early is None else early
+    fits_split = num_splits == 1
+    early = starts_early(last_N) and fits_split if early is None else early
     attend[(groups, num_splits, num_rows)](
         *(*rows, *seen, out_NHE, part_NSHE, lse_NSH, _LOG2E / size**0.5, *strides, num_splits),
         **shared,
@@ -320,6 +326,7 @@ def run_splits(
         EARLY=early * (1 + is_few),
         LINE=128 // key_XPGE.element_size(),
         launch_pdl=early,
+        maxnreg=FEW_REGISTERS if fits_split and not is_few else None,
         num_warps=num_warps,
         num_stages=num_stages or (FEW_STAGES if is_few else NUM_STAGES),
         enable_fp_fusion=False,  # a fused multiply-add rounds once where rotating must round twice

@@ -45,6 +45,10 @@ def draw(
     plain = [each.to(device) for each in plain_ops.draw_tokens(logits_NV, *columns)]
     assert torch.equal(plain[0], token_N)
     torch.testing.assert_close(plain[1], logprob_N, equal_nan=True, rtol=1e-6, atol=1e-5)
+    if all(p.is_greedy or (p.top_p == 1 and not 0 < p.top_k < logits_NV.shape[1]) for p in params):
+        unlimited = draw_tokens(logits_NV, *columns, limited=False, **(dict(block=256) | options))
+        assert torch.equal(unlimited[0], token_N)
+        torch.testing.assert_close(unlimited[1], logprob_N, equal_nan=True, rtol=0, atol=0)
     return token_N, logprob_N
 
 
