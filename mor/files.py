@@ -79,6 +79,24 @@ def _give_place(target: Path, replace: bool) -> None:
         refuse_occupied(target)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Whether this process has the lock file `path`, which it then keeps until the block, or itself, ends. Where there
+    are no such locks (Windows) it always has."""
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def refuse_occupied(path: str | os.PathLike[str]) -> None:
     """Raise FileExistsError when `path` is a file or a folder that is not empty."""
     target = Path(path)

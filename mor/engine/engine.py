@@ -22,6 +22,7 @@ from mor.engine.block_pool import BlockPool
 from mor.engine.detokenizer import Detokenizer
 from mor.engine.kv_store import KvStore, PageLayout
 from mor.engine.layers import Layers
+from mor.engine.native.few_rows import few_rows_for
 from mor.engine.options import EngineOptions
 from mor.engine.outputs import RequestOutput, TokenLog, Top
 from mor.engine.params import SamplingParams
@@ -65,7 +66,8 @@ class Engine:
         layout = PageLayout.of(model.config, self.options.page_entries)
         num_pages = choose_num_pages(self.options, layout.page_bytes(model.dtype), model.device)
         self._store = KvStore(layout, num_pages, device=model.device, dtype=model.dtype)
-        layers = Layers(model.config, ops_for(model.device, layout.head_size))
+        few_rows = few_rows_for(model.config, model.device, model.dtype, self.options.native)
+        layers = Layers(model.config, ops_for(model.device, layout.head_size), few_rows)
         self.runner = Runner(model, layout, self._store, layers)
         self.pool = BlockPool(num_pages)
         self.prefixes = PrefixCache(self.pool, layout.shape) if self.options.prefix_caching else None
@@ -154,7 +156,8 @@ class Engine:
         queued = self._queue_slots(plan) if self.slots is not None else 0
         new = self._visit(plan)
         if self.slots is not None:
-            while self.slots.in_flight > (queued > 0):  # the batch just queued runs on while the one before is read
+            # On CUDA the batch just queued runs on while the one before is read; a CPU has done it by now.
+            while self.slots.in_flight > (self.slots.runs_ahead and queued > 0):
                 new += self._collect(plan)
         failed, self._failed = self._failed, []
         return [*(self._tell(live) for live in failed if self._live.get(live.request.id) is live), *new]
@@ -166,7 +169,7 @@ class Engine:
             self._beside.join()
             visits = self.slots.run(plan.decoding, plan.grown, self._slot_row)
             self._beside.start(after_slots=self.slots.has_strays)
-        self.statistics.add(visits=visits, rows=visits * len(plan.decoding))
+        self.statistics.add(visits=visits, rows=self.slots.last_rows if visits else 0)
         return visits
 
     def _slot_row(self, request: Request, slot: int) -> SlotRow:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from mor.engine.native.few_rows import MOST_ROWS, FewRows, Seen
 from mor.model.configuration_mor import MorConfig
 from mor.model.layers import MorDecoderLayer
 
@@ -39,13 +40,17 @@ class Rows(Protocol):
     @property
     def place_N(self) -> Tensor: ...
 
+    @property
+    def seen(self) -> Seen | None:
+        """What they see as tables of pages, None if it is more than that."""
+        ...
+
     def attend(self, query_NHE: Tensor, pages: Pages) -> Tensor:
         """The heads' outputs (N, H, E)."""
         ...
 
 
-@runtime_checkable
-class AppendingRows(Protocol):
+class AppendingRows(Rows, Protocol):
     """Rows that rotate, write their new entries and attend in one step."""
 
     def attend_new(self, qkv_NC: Tensor, heads: int, pages: Pages) -> Tensor:
@@ -72,8 +77,10 @@ class _Weights:
 class Layers:
     """All unique layers of a model, their projections fused. Weights are held once: the model's own become views."""
 
-    def __init__(self, config: MorConfig, ops: ModuleType) -> None:
+    def __init__(self, config: MorConfig, ops: ModuleType, few_rows: FewRows | None = None) -> None:
+        """`few_rows`: what runs layers of few rows on a CPU, None for `ops` alone."""
         assert config.head_dim is not None
+        self._few_rows = few_rows
         self.ops, self._heads, self._eps = ops, config.num_attention_heads, config.rms_norm_eps
         self._query_size = config.num_attention_heads * config.head_dim
         self._act = None if config.hidden_act in ("silu", "swish") else ACT2FN[config.hidden_act]
@@ -83,7 +90,14 @@ class Layers:
         self, layers: nn.ModuleList | list[nn.Module], x_ND: Tensor, rows: Sequence[Rows], pages: Sequence[Pages]
     ) -> Tensor:
         """The output of one layer after another, each with its rows and pages; `x_ND`, contiguous, is overwritten."""
-        steps = zip([self._of(cast(MorDecoderLayer, layer)) for layer in layers], rows, pages, strict=True)
+        each = [self._of(cast(MorDecoderLayer, layer)) for layer in layers]
+        if self._few_rows is not None and rows and all(r is rows[0] for r in rows):
+            seen = rows[0].seen if len(x_ND) <= MOST_ROWS or _append(rows[0]) else None
+            if seen is not None:
+                where = rows[0].rotary, rows[0].page_N, rows[0].place_N
+                self._few_rows.layers(each, x_ND, *where, seen, pages)
+                return x_ND
+        steps = zip(each, rows, pages, strict=True)
         if len(x_ND) <= self.ops.FEW_ROWS:
             for weights, layer_rows, layer_pages in steps:
                 self._apply_to_few(weights, x_ND, layer_rows, layer_pages)
@@ -117,14 +131,46 @@ class Layers:
             query_NHE = self.ops.rotate_and_store(query_NC, *rows.rotary, None, None, None, None, self._heads)
             return rows.attend(query_NHE, pages).flatten(1)
         qkv_NC = project(weight, bias)
-        if isinstance(rows, AppendingRows):
-            return rows.attend_new(qkv_NC, self._heads, pages).flatten(1)
+        if _append(rows):
+            return cast(AppendingRows, rows).attend_new(qkv_NC, self._heads, pages).flatten(1)
         query_NHE = self.ops.rotate_and_store(qkv_NC, *rows.rotary, rows.page_N, rows.place_N, *pages, self._heads)
         return rows.attend(query_NHE, pages).flatten(1)
 
     def normed(self, norm: nn.RMSNorm, x_ND: Tensor) -> Tensor:
         """The final norm."""
         return self.ops.add_norm(x_ND, None, norm.weight, self._eps)[1]  # type: ignore[no-any-return]
+
+    def logits(self, norm: nn.RMSNorm, head: nn.Linear, x_ND: Tensor) -> Tensor:
+        """The head of the final norm (N, V)."""
+        h_ND = self.normed(norm, x_ND)
+        if self._few_rows is not None and len(h_ND) <= MOST_ROWS and head.bias is None:
+            return self._few_rows.linear(h_ND, head.weight)
+        return head(h_ND)  # type: ignore[no-any-return]
+
+    def draw_tokens(
+        self,
+        logits_NV: Tensor,
+        temperature_N: Tensor,
+        top_k_N: Tensor,
+        top_p_N: Tensor,
+        min_p_N: Tensor,
+        seed_N: Tensor,
+        index_N: Tensor,
+        *,
+        limited: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The next tokens (N,), -1 where there is none to choose, and the log-probabilities the model gave them.
+        `limited`: whether any row may have top-k or top-p."""
+        if self._few_rows is not None and not bool(((top_k_N > 0) | (top_p_N < 1) | (min_p_N > 0)).any()):
+            return self._few_rows.draw(logits_NV, temperature_N, seed_N, index_N)
+        return self.ops.draw_tokens(  # type: ignore[no-any-return]
+            logits_NV, temperature_N, top_k_N, top_p_N, min_p_N, seed_N, index_N, limited=limited
+        )
+
+    @property
+    def saves_rows(self) -> bool:
+        """Whether a row that takes no part in a step costs nothing."""
+        return self._few_rows is not None
 
     def _gated(self, both_N2F: Tensor) -> Tensor:
         if self._act is None:
@@ -148,6 +194,11 @@ class Layers:
                 post_norm=layer.post_attention_layernorm.weight,
             )
         return self._weights[id(layer)]
+
+
+def _append(rows: Rows) -> bool:
+    """Whether these are `AppendingRows`."""
+    return hasattr(rows, "attend_new")
 
 
 def _fused(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:

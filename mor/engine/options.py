@@ -20,12 +20,15 @@ class EngineOptions:
             they are tokens of prompts.
         prefill_chunk: tokens of a prompt that enter together. None: 256 on a CPU, 1024 on CUDA.
         slots: whether requests decode by themselves in slots of the device, batches of `slot_visits` visits at a time,
-            instead of one planned visit after the other. None: on CUDA, if the model can (a hybrid cache cannot).
+            instead of one planned visit after the other. None: on CUDA and where `native` is on, if the model can (a
+            hybrid cache cannot).
         slot_visits: see `slots`. More hide more of the host's work; tokens then come in larger pieces. None: 8, or 16
-            where more than 64 requests run.
+            where more than 64 requests run; 4 on a CPU.
         lockstep: whether slots end their tokens together, every R visits, instead of each as soon as it is through. The
             head and the unshared layers then run in one visit of R, but tokens of few recursions wait. None: if the
-            model has no router, so that every token takes all recursions.
+            model has no router, so that every token takes all recursions, and rows that wait cost something.
+        native: whether layers of few rows are run by a C program, which the machine's compiler compiles once. None: on
+            a CPU in float32, if there is a compiler.
         max_length: tokens of a prompt and its output together. None: the model's own limit.
         prefix_caching: keep the keys and values of prompts for requests that begin alike.
         seed: of the seeds that requests without one get.
@@ -41,6 +44,7 @@ class EngineOptions:
     slots: bool | None = None
     slot_visits: int | None = None
     lockstep: bool | None = None
+    native: bool | None = None
     max_length: int | None = None
     prefix_caching: bool = True
     seed: int = 0

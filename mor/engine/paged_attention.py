@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from mor.engine.kv_store import gather_entries
 from mor.engine.layers import Pages
+from mor.engine.native.few_rows import Seen
 
 Integers = npt.NDArray[np.int64]
 AttendSpans = Callable[..., Tensor]
@@ -56,11 +58,34 @@ class PagedScope:
         if attend_spans is not None and not any(span.own_entries for span in spans):
             self._tiles = _Tiles.of(spans, numbers.device, attend_spans)
             return
-        self._groups = [_Group.of(spans, page_entries, numbers) for spans in _grouped(spans)]
+        self._spans, self._page_entries, self._numbers = spans, page_entries, numbers
+
+    @cached_property
+    def seen(self) -> Seen | None:
+        """The same as tables of pages, if nothing lies over them."""
+        if self._tiles is not None or any(span.own_entries for span in self._spans):
+            return None
+        longest = max(_length(span) for span in self._spans)
+        counts = [span.stop - span.start for span in self._spans]
+        table_TX = _table([span.pages for span in self._spans], -(-longest // self._page_entries), self._numbers)
+        return Seen(
+            table_TX=table_TX.int(),
+            row_N=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+            last_N=torch.from_numpy(np.concatenate([span.last for span in self._spans])),
+            longest=longest,
+        )
+
+    @cached_property
+    def _groups(self) -> list[_Group]:
+        return [_Group.of(spans, self._page_entries, self._numbers) for spans in _grouped(self._spans)]
+
+    @cached_property
+    def _order_M(self) -> Tensor | None:
+        """How to bring the groups' rows into order, None if they are."""
         rows = [row for group in self._groups for row in group.rows]
-        is_ordered = all(row == place for place, row in enumerate(rows))
-        order = sorted(range(len(rows)), key=rows.__getitem__)
-        self._order_M = None if is_ordered else torch.tensor(order, device=numbers.device)
+        if all(row == place for place, row in enumerate(rows)):
+            return None
+        return torch.tensor(sorted(range(len(rows)), key=rows.__getitem__), device=self._numbers.device)
 
     def attend(self, query_MHE: Tensor, layer: Pages) -> Tensor:
         """The heads' outputs (M, H, E)."""

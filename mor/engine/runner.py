@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mor.engine.budgets import Budgets
 from mor.engine.kv_store import KvStore, PageLayout
 from mor.engine.layers import Layers, Pages
+from mor.engine.native.few_rows import Seen
 from mor.engine.paged_attention import Integers, PagedScope, Span
 from mor.engine.request import Segment, SegmentResult
 from mor.model.modeling_mor import MorForCausalLM
@@ -59,6 +60,10 @@ class _Batch:
     rotary: tuple[Tensor, Tensor]
     page_N: Tensor | None
     place_N: Tensor
+
+    @property
+    def seen(self) -> Seen | None:
+        return self.scope.seen
 
     def attend(self, query_NHE: Tensor, pages: Pages) -> Tensor:
         """What each row sees."""
@@ -259,8 +264,8 @@ class Runner:
             if work.segment.needs_head:
                 last.append((id(work.segment), row))
         if last:
-            hidden_ND = self._layers.normed(self._model.norm, x_ND[[row for _, row in last]])
-            logits_NV = self._lm_head(hidden_ND).float()
+            x_ND = x_ND[[row for _, row in last]]
+            logits_NV = self._layers.logits(self._model.norm, self._lm_head, x_ND).float()
             self._logits |= {key: logits_V for (key, _), logits_V in zip(last, logits_NV, strict=True)}
 
     def _outer_layers(self, layers: nn.ModuleList, x_ND: Tensor, works: list[_Work], *, first: int) -> Tensor:

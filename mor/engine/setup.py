@@ -17,6 +17,9 @@ from mor.engine.scheduler import Limits
 from mor.engine.slots import Slots
 from mor.model.modeling_mor import MorForCausalLM
 
+VISITS_ON_CPU = 4
+"""Visits of a batch on a CPU, which waits for each: a slot whose request has ended stays empty for the rest of it."""
+
 
 def end_tokens(model: MorForCausalLM, tokenizer: Any) -> frozenset[int]:
     """The tokens that end a text, as the model's generation settings or the tokenizer name them."""
@@ -65,17 +68,19 @@ def slots_of(
     limits: Limits,
 ) -> Slots | None:
     """Slots if they are asked for, or if there are kernels for them. Raises ValueError if the model cannot have any."""
-    wanted = layers.ops.attend_spans is not None if options.slots is None else options.slots
+    wanted = layers.ops.attend_spans is not None or layers.saves_rows if options.slots is None else options.slots
     if not wanted:
         return None
+    most = limits.max_requests
+    visits = VISITS_ON_CPU if model.device.type == "cpu" else 8 if most <= 64 else 16
     try:
         return Slots(
             model,
             layout,
             store,
             budgets,
-            num_slots=limits.max_requests,
-            visits=options.slot_visits or (8 if limits.max_requests <= 64 else 16),
+            num_slots=most,
+            visits=options.slot_visits or visits,
             max_length=limits.max_length,
             layers=layers,
             lockstep=options.lockstep,

@@ -22,9 +22,10 @@ from torch._dynamo.decorators import maybe_mark_dynamic
 
 from mor.engine.kv_store import KvStore, PageLayout
 from mor.engine.layers import Layers, Pages
+from mor.engine.native.few_rows import Seen
 from mor.engine.slot_routing import SlotRouting
 from mor.engine.slot_state import Float, Int, SlotState
-from mor.engine.slot_steps import Entering, Geometry, Places, Turning
+from mor.engine.slot_steps import Entering, Geometry, Places
 from mor.model.modeling_mor import MorForCausalLM
 
 
@@ -40,7 +41,7 @@ class VisitShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rows:
+class PlacedRows:
     """Rows of slots: the table that each reads, and the last entry that it sees, -1 for none. See `layers.Rows`."""
 
     rotary: tuple[Tensor, Tensor]
@@ -51,6 +52,10 @@ class _Rows:
     last_N: Tensor
     longest: int
     ops: ModuleType
+
+    @property
+    def seen(self) -> Seen:
+        return Seen(table_TX=self.table_TX, row_N=self.table_N, last_N=self.last_N, longest=self.longest)
 
     def attend(self, query_NHE: Tensor, pages: Pages) -> Tensor:
         return self.ops.attend_pages(  # type: ignore[no-any-return]
@@ -69,7 +74,13 @@ class SlotProgram:
 
     What stands between the layers are four steps of the slots and what the router computes. On CUDA each step is a
     kernel, and the router's arithmetic is compiled, whatever the number of slots.
+
+    `runs_ahead`: the host may queue a batch of visits before it has read what the one before did. `rows`: how many took
+    the block so far, None where only the device knows.
     """
+
+    runs_ahead = True
+    rows: int | None = None
 
     def __init__(
         self,
@@ -85,18 +96,20 @@ class SlotProgram:
         self._model, self._head, self._layers = model.model, model.lm_head, layers
         self._plan = model.config.depth_plan
         self._table = state.tables.flatten(0, 1)
-        self._steps = layers.ops.SlotSteps(state, _geometry(model, layout, store, state, max_length))
+        self._geometry = _geometry(model, layout, store, state, max_length)
+        self._steps = layers.ops.SlotSteps(state, self._geometry)
         wrap = _compiled if state.device.type == "cuda" else _as_it_is
         self._begin, self._merge = wrap(routing.begin), wrap(routing.merge)
 
     @torch.inference_mode()
-    def visit(self, shape: VisitShape) -> None:
-        """One visit of the slots."""
+    def visit(self, shape: VisitShape) -> bool:
+        """One visit of the slots. True if it is known that a request ended in it."""
         state, slots = self.state, slice(0, shape.slots)
         y_ND, each = self._steps.enter(shape.slots, self._turned(shape) if shape.turns else None)
         y_ND = self._block(y_ND, each, shape)
         merged = self._merge(state.stream[slots], state.x[slots], y_ND, state.ints[slots], state.floats[slots])
         self._steps.settle(shape.slots, merged)
+        return False
 
     def _turned(self, shape: VisitShape) -> Entering:
         """Slots that rest end their tokens and begin the next ones."""
@@ -104,7 +117,8 @@ class SlotProgram:
         x_CD = self._outer_layers(
             self._model.last_layers, turning.x_CD, turning.places, shape, first=self._plan.num_outer
         )
-        places = self._steps.advance(turning, *self._drawn(turning, x_CD, shape))
+        drawn = self._draw(turning.ints_CI, turning.floats_CF, x_CD, limited=shape.limited)
+        places = self._steps.advance(turning, *drawn)
         x_CD = self._model.embed_tokens(turning.ints_CI[:, Int.TOKEN])
         x_CD = self._outer_layers(self._model.first_layers, x_CD, places, shape, first=0)
         return Entering(turning=turning, x_CD=x_CD, begun=self._begin(x_CD, turning.ints_CI, turning.floats_CF))
@@ -117,7 +131,9 @@ class SlotProgram:
 
     def _block(self, x_ND: Tensor, each: Sequence[Places], shape: VisitShape) -> Tensor:
         """The block's output; `each`: the places of every recursion, or the one of rows at recursions of their own."""
-        rows = [self._rows(places, shape) for places in each]
+        return self._through_block(x_ND, [self._rows(places, shape) for places in each])
+
+    def _through_block(self, x_ND: Tensor, rows: Sequence[PlacedRows]) -> Tensor:
         if self._plan.is_sequence:
             order = [(step.block_layer or 0, rows[step.recursion or 0]) for step in self._plan.block_steps]
         else:
@@ -129,23 +145,22 @@ class SlotProgram:
             [self._store.block_layers[layer] for layer, _ in order],
         )
 
-    def _drawn(self, turning: Turning, x_CD: Tensor, shape: VisitShape) -> tuple[Tensor, Tensor]:
+    def _draw(self, ints: Tensor, floats: Tensor, x_CD: Tensor, *, limited: bool) -> tuple[Tensor, Tensor]:
         """The next tokens (C,) and their log-probabilities."""
-        ints, floats = turning.ints_CI, turning.floats_CF
-        return self._ops.draw_tokens(  # type: ignore[no-any-return]
-            self._head(self._layers.normed(self._model.norm, x_CD)),
+        return self._layers.draw_tokens(
+            self._layers.logits(self._model.norm, self._head, x_CD),
             floats[:, Float.TEMPERATURE],
             ints[:, Int.TOP_K],
             floats[:, Float.TOP_P],
             floats[:, Float.MIN_P],
             ints[:, Int.SEED],
             ints[:, Int.MADE],
-            limited=shape.limited,
+            limited=limited,
         )
 
-    def _rows(self, places: Places, shape: VisitShape) -> _Rows:
+    def _rows(self, places: Places, shape: VisitShape) -> PlacedRows:
         cos_NE, sin_NE, page_N, place_N, table_N, last_N = places
-        return _Rows(
+        return PlacedRows(
             rotary=(cos_NE, sin_NE),
             page_N=page_N,
             place_N=place_N,

@@ -124,8 +124,11 @@ class RecursionSlots:
         taken_N, next_gate_N = torch.zeros_like(recursion_N, dtype=torch.bool), gate_N
         merged_ND = stream_ND
         for recursion in range(max(1, self._num_recursions - 1)):
-            x, read = self._router.advance(recursion, x_ND[:, None], y_ND[:, None], gate_N[:, None])
-            merged_ND = x[:, 0]  # the same at every recursion; what is read for the next is not
+            if recursion == 0:
+                x, read = self._router.advance(recursion, x_ND[:, None], y_ND[:, None], gate_N[:, None])
+                merged_ND = x[:, 0]
+            else:  # the stream is the same at every recursion; what is read for the next is not
+                read = self._router.read(recursion + 1, merged_ND[:, None])
             if recursion + 1 < self._num_recursions:
                 chosen_N, here_N = self._decide(recursion + 1, read, ints, floats)
                 is_here_N = recursion_N == recursion

@@ -7,6 +7,8 @@ already queued, so the device never waits for the host. On CUDA a visit is a gra
 from __future__ import annotations
 
 import heapq
+import math
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,6 +30,9 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1
 SHORTEST = 512
 """The least bound on a visit's entries; each further one is four times as large. Visits of a new shape are captured
 when it is first needed, which takes a moment: few bounds, few moments."""
+
+BATCH_SECONDS = 0.02
+"""Where the host waits for each batch, none begins another visit after this: who streams should not see its batches."""
 
 
 class Progress(NamedTuple):
@@ -142,6 +147,7 @@ class SlotRunner:
         self._rate = _TurnRate()
         self._graphs = Graphs(program)
         self.has_strays, self._is_adrift = False, False
+        self.runs_ahead, self.last_rows = program.runs_ahead, 0
 
     @property
     def in_flight(self) -> int:
@@ -159,26 +165,38 @@ class SlotRunner:
         """Let requests take free slots and queue a batch of visits; returns how many visits. `grown`: those of them
         with new pages. `row_of`: the row of a request that comes to a slot.
 
-        Afterwards `has_strays` tells whether a batch in flight may still write to pages of requests that are gone.
+        Afterwards `last_rows` counts the rows that took the batch's visits (all that might have, where only the device
+        knows), and `has_strays` tells whether a batch in flight may still write to pages of requests that are gone.
         """
         edits = self._changes(decoding, grown, row_of)
         if not self._tenants:
             self._emptied += edits.emptied
             self._phase = 0
             return 0
-        shape, visits = self._shape(num_new=len(edits.rows)), min(self.visits, self._most_useful())
+        shape, most = self._shape(num_new=len(edits.rows)), min(self.visits, self._most_useful())
         self._state.edit(edits)
-        if visits <= 0:
+        if most <= 0:
             return 0
         self._state.begin_batch()
-        for _ in range(visits):
-            self._graphs.visit(shape if self._phase == 0 else replace(shape, turns=0))
-            self._phase = (self._phase + 1) % self._period
+        visits = self._visit(shape, most)
         reports, lengths, arrived = self._sent(visits)
         batch = _Batch(
             tenants=list(self._tenants.values()), visits=visits, reports=reports, lengths=lengths, arrived=arrived
         )
         self._flight.append(batch)
+        return visits
+
+    def _visit(self, shape: VisitShape, most: int) -> int:
+        """Make up to `most` visits, all of them where the host does not wait; returns how many."""
+        visits, ends, before = 0, False, self._program.rows
+        latest = math.inf if self.runs_ahead else time.perf_counter() + BATCH_SECONDS
+        while visits < most and not ends:
+            ends = self._graphs.visit(shape if self._phase == 0 else replace(shape, turns=0))
+            ends = ends or time.perf_counter() > latest
+            self._phase = (self._phase + 1) % self._period
+            visits += 1
+        after = self._program.rows
+        self.last_rows = visits * len(self._tenants) if before is None or after is None else after - before
         return visits
 
     def _most_useful(self) -> int:
@@ -314,13 +332,13 @@ class Graphs:
         self._program = program
         self._graphs: dict[VisitShape, torch.cuda.CUDAGraph] = {}
 
-    def visit(self, shape: VisitShape) -> None:
-        """One visit."""
+    def visit(self, shape: VisitShape) -> bool:
+        """One visit. True if it is known that a request ended in it."""
         if self._program.state.device.type != "cuda":
-            self._program.visit(shape)
-            return
+            return self._program.visit(shape)
         self.prepare([shape])
         self._graphs[shape].replay()
+        return False
 
     def prepare(self, shapes: Sequence[VisitShape]) -> None:
         """Capture visits of these shapes, if that was not done."""

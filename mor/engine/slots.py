@@ -12,6 +12,7 @@ from mor.engine.request import Request
 from mor.engine.sampler import signed
 from mor.engine.slot_program import SlotProgram
 from mor.engine.slot_routing import SlotRouting, slot_routing, thresholds_of
+from mor.engine.slot_rows import RowProgram
 from mor.engine.slot_runner import SlotRunner
 from mor.engine.slot_state import NUM_STOPS, SlotRow, SlotState
 from mor.model.configuration_mor import MorConfig
@@ -67,14 +68,16 @@ class Slots(SlotRunner):
         state = SlotState(
             layout, num_slots, max_length, hidden_size=model.config.hidden_size, most_visits=visits, like=like
         )
-        program = SlotProgram(model, layout, store, state, routing, layers, max_length)
-        in_lockstep = model.config.router == "none" if lockstep is None else lockstep
+        kind = RowProgram if layers.saves_rows else SlotProgram
+        program = kind(model, layout, store, state, routing, layers, max_length)
+        waits_cost = model.config.router == "none" and not layers.saves_rows
+        in_lockstep = waits_cost if lockstep is None else lockstep
         period = 1 if plan.is_sequence else plan.num_recursions
         super().__init__(
             program,
             max_length=max_length,
             visits=visits,
-            turns_once=period == 1 or in_lockstep,
+            turns_once=period == 1 or in_lockstep or layers.saves_rows,
             period=period if in_lockstep else 1,
             most_per_token=period,
         )

@@ -13,7 +13,7 @@ from mor.study.tables import NOTHING, Table, difference, spread
 
 TOLERANCE = 0.02  # of an asked mean depth
 EDGE = 0.05  # requests from 1 + EDGE to R - EDGE must be met
-DIAL_ARMS = {"twins": ("mor-2", "mor-3", "mor-4"), "routers": ("threshold-choice", "token-balancing-loss")}
+DIAL_ARMS = {"twins": ("mor-2", "mor-3", "mor-4", "threshold-3"), "routers": ("token-balancing-loss",)}
 
 
 def threshold_table(findings: Findings) -> Table:
@@ -148,9 +148,8 @@ def optimum_table(findings: Findings) -> Table:
     rows, growth = [], dict[str, list[tuple[float, float]]]()
     for fit in isoflop_fits(findings):
         if (best := fit.optimum) is None:
-            rows.append(
-                (fit.kind, fit.budget, f"{fit.flops:.2e}", NOTHING, NOTHING, "no minimum: the parabola opens down")
-            )
+            why = "the parabola has no minimum" if len(fit.points) > 2 else "fewer than three sizes are done"
+            rows.append((fit.kind, fit.budget, f"{fit.flops:.2e}", NOTHING, NOTHING, why))
             continue
         where = "inside the sizes trained" if best.is_inside else "outside: an extrapolation"
         rows.append((fit.kind, fit.budget, f"{fit.flops:.2e}", compact(best.x), f"{best.loss:.4f}", where))

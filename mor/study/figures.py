@@ -16,7 +16,16 @@ from mor.study.grid import Study
 from mor.study.isoflop import IsoflopFit, isoflop_fits
 from mor.study.results import Findings, Result, own
 
-ARM_NUMBERS = {"mor-3": 0, "vanilla": 1, "recursive-3": 2, "recursive-2": 3, "mor-2": 4, "mor-4": 5}
+ARM_NUMBERS = {
+    "mor-3": 0,
+    "vanilla": 1,
+    "recursive-3": 2,
+    "recursive-2": 3,
+    "mor-2": 4,
+    "mor-4": 5,
+    "threshold-3": 6,
+    "threshold-choice": 6,
+}
 OTHERS_FROM = 3
 NLL = "NLL, nats"
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mor.data.manifest import read_manifest
+from mor.files import locked
 from mor.study.grid import StudyRun
 from mor.train.options import RunOptions
 
 RUNS = "runs"
 RESULT = "result.json"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,15 @@ class Places:
             )
         where = dataclasses.replace(run.options.data, path=self.data)
         return dataclasses.replace(run.options, output=str(self.out / RUNS / run.key), data=where)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep the folder for this process. ValueError when another runs studies there."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out / LOCK) as is_ours:
+            if not is_ours:
+                raise ValueError(f"{self.out} is in use by another `mor study`; wait for it, or choose another --out")
+            yield
 
     def result(self, run: StudyRun) -> Path:
         """The file that a finished run leaves."""

@@ -54,13 +54,14 @@ def run_in_parallel(
     """
     if jobs < 1:
         raise ValueError(f"jobs={jobs} must be at least 1")
-    runs = distinct(studies)
-    missing = [run for run in runs if not is_done(run, places)]
-    outcome = StudyOutcome(skipped=len(runs) - len(missing))
-    if not missing:
-        return outcome
-    start = _starter(places, _cuda_devices() if devices is None else devices, min(jobs, len(missing)))
-    return Pool(missing, start, outcome=outcome, jobs=min(jobs, len(missing)), tell=tell).run(seconds)
+    with places.claimed():
+        runs = distinct(studies)
+        missing = [run for run in runs if not is_done(run, places)]
+        outcome = StudyOutcome(skipped=len(runs) - len(missing))
+        if not missing:
+            return outcome
+        start = _starter(places, _cuda_devices() if devices is None else devices, min(jobs, len(missing)))
+        return Pool(missing, start, outcome=outcome, jobs=min(jobs, len(missing)), tell=tell).run(seconds)
 
 
 def _cuda_devices() -> list[str]:

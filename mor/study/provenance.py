@@ -52,11 +52,13 @@ def data_fingerprint(folder: str | Path) -> str:
 
 
 def commit(folder: Path) -> str | None:
-    """The commit that the package in `folder` is at. Where no repository holds it: what the environment variable
-    MOR_COMMIT says, as on a machine to which only the files were copied, or None."""
+    """The commit that the package in `folder` is at; None where no repository holds it. What the environment variable
+    MOR_COMMIT says goes before, for copies of the files, which may lie in a repository of another state."""
+    if given := os.environ.get("MOR_COMMIT"):
+        return given
     head, held = _git(folder, "rev-parse", "HEAD"), _git(folder, "ls-files", "--error-unmatch", "__init__.py")
     if head is None or held is None:
-        return os.environ.get("MOR_COMMIT")
+        return None
     return head + ("+changes" if _git(folder, "status", "--porcelain", "--", ".") else "")
 
 

@@ -35,17 +35,18 @@ def run_studies(studies: Sequence[Study], places: Places, *, tell: Tell = print)
 
     Raises:
         ValueError: a folder holds the result of other options or other data, or the data's vocabulary differs from the
-            grid's.
+            grid's, or another process runs studies in the folder.
     """
-    runs = distinct(studies)
-    missing = [run for run in runs if not is_done(run, places)]
-    outcome = StudyOutcome(skipped=len(runs) - len(missing))
-    for number, run in enumerate(missing, start=1):
-        tell(f"run {number} of {len(missing)}: {run.name}, {run.options.training.steps} steps")
-        if not finish_run(run, places):
-            return dataclasses.replace(outcome, interrupted=True)
-        outcome = dataclasses.replace(outcome, ran=outcome.ran + 1)
-    return outcome
+    with places.claimed():
+        runs = distinct(studies)
+        missing = [run for run in runs if not is_done(run, places)]
+        outcome = StudyOutcome(skipped=len(runs) - len(missing))
+        for number, run in enumerate(missing, start=1):
+            tell(f"run {number} of {len(missing)}: {run.name}, {run.options.training.steps} steps")
+            if not finish_run(run, places):
+                return dataclasses.replace(outcome, interrupted=True)
+            outcome = dataclasses.replace(outcome, ran=outcome.ran + 1)
+        return outcome
 
 
 def finish_run(run: StudyRun, places: Places, *, progress: ProgressReporter | None = None, jobs: int = 1) -> bool:

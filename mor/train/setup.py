@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mor.data.loader import PackedLoader, evaluation_batches
 from mor.data.prefetch import PrefetchLoader
@@ -20,7 +21,7 @@ from mor.train.checkpoint import Checkpoint, CheckpointError
 from mor.train.compile import compile_layers
 from mor.train.fused_loss import choose_lm_loss
 from mor.train.optim import build_optimizer
-from mor.train.options import RunOptions
+from mor.train.options import RunOptions, TrainingOptions
 from mor.train.parallel import Parallel, choose_parallel, micro_batches
 from mor.train.precision import choose_device, choose_precision
 from mor.train.ranks import Ranks
@@ -171,33 +172,27 @@ def _restart_schedules(model: MorForCausalLM) -> None:
 def build_validator(
     options: RunOptions, shards: TokenShards, dtype: torch.dtype, parallel: Parallel | None = None
 ) -> Validator:
-    """What scores the validation split and calibrates on rows that another seed draws from the training split."""
+    """What scores the validation split and calibrates on rows at equal distances over the training split: rows of one
+    document are alike, and thresholds from few documents miss the depths of others."""
     training = options.training
-    size = training.micro_batch_size * training.sequence_length
     end_of_text = shards.eos_token_id if options.data.document_masking else None
-    loader = _loader(shards, options, training.seed + 1)
-    calibration_rows = [next(loader).input_ids for _ in range(-(-training.calibration_tokens // size))]
-    if training.evaluation_tokens == 0:
-        return Validator(
-            rows=[],
-            calibration_rows=calibration_rows,
-            bytes_per_token=1.0,
-            dtype=dtype,
-            end_of_text=end_of_text,
-            parallel=parallel,
-        )
-    validation = open_shards(options, "validation")
-    rows = evaluation_batches(
-        validation,
-        batch_size=training.micro_batch_size,
-        sequence_length=training.sequence_length,
-        max_tokens=training.evaluation_tokens,
-    )
+    rows, calibration_rows, bytes_per_token = list[Tensor](), list[Tensor](), 1.0
+    if training.calibration_tokens:
+        calibration_rows = _spaced(shards, training, max(training.calibration_tokens, training.sequence_length))
+    if training.evaluation_tokens:
+        validation = open_shards(options, "validation")
+        rows, bytes_per_token = _spaced(validation, training, training.evaluation_tokens), validation.bytes_per_token
     return Validator(
-        rows=list(rows),
+        rows=rows,
         calibration_rows=calibration_rows,
-        bytes_per_token=validation.bytes_per_token,
+        bytes_per_token=bytes_per_token,
         dtype=dtype,
         end_of_text=end_of_text,
         parallel=parallel,
     )
+
+
+def _spaced(shards: TokenShards, training: TrainingOptions, max_tokens: int) -> list[Tensor]:
+    """Rows of a split at equal distances."""
+    shape = dict(batch_size=training.micro_batch_size, sequence_length=training.sequence_length)
+    return list(evaluation_batches(shards, **shape, max_tokens=max_tokens))

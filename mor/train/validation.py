@@ -67,7 +67,7 @@ class Validator:
             depth = trained_mean_depth(model) if self.calibrates else None
             if depth is not None and self._rows:
                 grid = _bracket(depth, model.config.num_recursions)
-                few = self._calibration_rows[: -(-len(self._calibration_rows) // 4)]
+                few = self._calibration_rows[::4]
                 calibrate(model, self._on_device(model, few), mean_depths=grid, end_of_text=self._end_of_text)
             return self._scores(model, depth)
 

@@ -24,7 +24,7 @@ class Watched:
         apply = engine.runner._layers
 
         class Watching:
-            normed, ops = apply.normed, apply.ops
+            normed, logits, ops = apply.normed, apply.logits, apply.ops
 
             def __call__(self, layers: Any, x_MD: torch.Tensor, *rest: Any) -> torch.Tensor:
                 for layer in layers:

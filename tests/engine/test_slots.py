@@ -109,7 +109,7 @@ def test_no_visit_comes_after_the_last_that_can_matter(monkeypatch: pytest.Monke
     engine, used = slots_of(model, slot_visits=8), list[int]()
     assert engine.slots is not None
     visit = engine.slots._program.visit
-    monkeypatch.setattr(engine.slots._program, "visit", lambda shape: (used.append(shape.turns), visit(shape)))
+    monkeypatch.setattr(engine.slots._program, "visit", lambda shape: used.append(shape.turns) or visit(shape))
     outputs = engine.generate([[1, 2, 3], [4]], [greedy(11), greedy(20)], progress=False)
     assert [len(output.token_ids) for output in outputs] == [11, 20]
     assert len(used) <= num_recursions * (20 + 1)
@@ -122,7 +122,7 @@ def test_slots_may_go_in_step(monkeypatch: pytest.MonkeyPatch, router: str) -> N
     engine, used = slots_of(model, lockstep=True), list[int]()
     assert engine.slots is not None
     visit = engine.slots._program.visit
-    monkeypatch.setattr(engine.slots._program, "visit", lambda shape: (used.append(shape.turns), visit(shape)))
+    monkeypatch.setattr(engine.slots._program, "visit", lambda shape: used.append(shape.turns) or visit(shape))
     jobs = [Job(name=f"{n}", prompt=random_tokens(draw, 3), params=greedy(6), at=2 * n) for n in range(5)]
     check_against_forward(model, play(engine, jobs).values())
     turned = [number for number, turns in enumerate(used) if turns]

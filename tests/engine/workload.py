@@ -24,7 +24,7 @@ MOST_STEPS = 20_000
 
 def engine_of(model: MorForCausalLM, **options: Any) -> Engine:
     """An engine with a small pool of small pages."""
-    return Engine(model, TOKENIZER, EngineOptions(**{"page_entries": 4, "num_pages": 400, **options}))
+    return Engine(model, TOKENIZER, EngineOptions(**{"page_entries": 4, "num_pages": 400, "native": False, **options}))
 
 
 def greedy(max_tokens: int, **params: Any) -> SamplingParams:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from mor.data.shards import write_shards
 from mor.data.tokenizer import byte_tokenizer
-from mor.study.grid import Budget, Recipe, Study, distinct, grid
+from mor.study.grid import Budget, Recipe, Study, StudyRun, distinct, grid, only
 from mor.study.places import Places
-from mor.study.pool import run_in_parallel
+from mor.study.pool import Pool, Worker, run_in_parallel
 from mor.study.progress import StudyProgress, Tally
-from mor.study.runner import run_studies
+from mor.study.runner import StudyOutcome, run_studies
 from mor.study.studies import study, vanilla
+from mor.study.worker import Word
 
 TEXTS = [f"document {n} tells of {n * 7} foxes and {n * 3} lazy dogs, one after the other." for n in range(400)]
+
+Behaviour = Callable[[StudyRun, threading.Event], Iterator[Word]]
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +60,22 @@ def results(out: Path) -> dict[str, dict[str, object]]:
 
 
 def test_two_processes_do_what_one_does(shards: str, tmp_path: Path) -> None:
-    two = study("smoke", 257)
+    two = only(study("smoke", 257), seeds=[0])
     alone, together = (Places(out=tmp_path / name, data=shards) for name in ("alone", "together"))
     run_studies([two], alone, tell=lambda _: None)
     said: list[str] = []
     outcome = run_in_parallel([two], together, jobs=2, tell=said.append)
-    assert (outcome.ran, outcome.skipped, outcome.failed, outcome.interrupted) == (4, 0, (), False), said
+    assert (outcome.ran, outcome.skipped, outcome.failed, outcome.interrupted) == (2, 0, (), False), said
     before, after = results(alone.out), results(together.out)
     assert before.keys() == after.keys() == {run.key for run in two.runs}
     for key, result in before.items():
         assert result["own"]["nll"] == pytest.approx(after[key]["own"]["nll"], rel=1e-4)  # type: ignore[index]
         assert after[key]["training"]["jobs"] == 2  # type: ignore[index]
     again = run_in_parallel([two], together, jobs=2, tell=lambda _: None)
-    assert (again.ran, again.skipped) == (0, 4)
+    assert (again.ran, again.skipped) == (0, 2)
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_named_and_the_others_go_on(shards: str, tmp_path: Path) -> None:
     good = study("smoke", 257)
     bad = changed(good, device="cuda:7")
@@ -79,6 +88,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(shards: str, tmp_path: Path
     assert any("Traceback" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_time_limit_stops_at_a_checkpoint_and_the_same_call_goes_on(shards: str, tmp_path: Path) -> None:
     long = changed(study("smoke", 257), steps=100_000, evaluation_interval=0, log_interval=10)
     places, said = Places(out=tmp_path, data=shards), list[str]()
@@ -90,6 +100,7 @@ def test_a_time_limit_stops_at_a_checkpoint_and_the_same_call_goes_on(shards: st
     assert int(kept.name.partition("-")[2]) > 0
 
 
+@pytest.mark.slow
 def test_the_command_stops_on_a_signal_and_leaves_no_process(shards: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mor", "study", "smoke", "--data", shards, "--out", str(tmp_path), "--jobs", "2"]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
@@ -102,6 +113,104 @@ def test_the_command_stops_on_a_signal_and_leaves_no_process(shards: str, tmp_pa
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout == ""
     assert subprocess.run(command, capture_output=True, text=True, timeout=240).returncode == 0
     assert len(results(tmp_path)) == 4
+
+
+class Puppet(threading.Thread):
+    """Stands for a worker's process: says ready, and of each run what `behave` says; ends after a run that is not done,
+    and without a word when `behave` raises."""
+
+    def __init__(self, behave: Behaviour) -> None:
+        super().__init__(daemon=True)
+        self.ours, self._theirs = multiprocessing.Pipe()
+        self._behave, self._stop_asked, self.exitcode = behave, threading.Event(), 0
+        self.start()
+
+    def run(self) -> None:
+        kind = "ready"
+        try:
+            self._theirs.send(Word(kind=kind))
+            while kind in ("ready", "done") and (run := self._theirs.recv()) is not None:
+                for word in self._behave(run, self._stop_asked):
+                    self._theirs.send(word)
+                    kind = word.kind
+                if kind == "done":
+                    self._theirs.send(Word(kind="ready"))
+        except MemoryError:
+            self.exitcode = 9
+        finally:
+            self._theirs.close()
+
+    def terminate(self) -> None:
+        self._stop_asked.set()
+
+
+def pool(study: Study, behave: Behaviour, *, jobs: int, seconds: float | None = None) -> tuple[StudyOutcome, list[str]]:
+    """The outcome of a pool of puppets, and what it told."""
+
+    def start(number: int) -> Worker:
+        puppet = Puppet(behave)
+        return Worker(process=cast(BaseProcess, puppet), pipe=puppet.ours)
+
+    said: list[str] = []
+    found = Pool(study.runs, start, outcome=StudyOutcome(), jobs=jobs, tell=said.append)
+    return found.run(seconds), said
+
+
+def done(run: StudyRun, _: threading.Event) -> Iterator[Word]:
+    yield Word(kind="at", tokens=run.tokens // 2)
+    yield Word(kind="measuring", tokens=run.tokens)
+    yield Word(kind="done", tokens=run.tokens)
+
+
+def test_every_run_is_claimed_once() -> None:
+    claimed: list[str] = []
+
+    def behave(run: StudyRun, stop: threading.Event) -> Iterator[Word]:
+        claimed.append(run.name)
+        yield from done(run, stop)
+
+    outcome, _ = pool(study("smoke", 257), behave, jobs=3)
+    assert (outcome.ran, outcome.interrupted) == (4, False)
+    assert sorted(claimed) == sorted(run.name for run in study("smoke", 257).runs)
+
+
+@pytest.mark.parametrize(("is_killed", "error"), [(False, "ValueError: no"), (True, "exit code 9")])
+def test_a_run_that_fails_or_is_killed_is_named_and_the_others_go_on(is_killed: bool, error: str) -> None:
+    def behave(run: StudyRun, stop: threading.Event) -> Iterator[Word]:
+        if run.name == "vanilla--tiny--seed-0":
+            if is_killed:
+                raise MemoryError
+            yield Word(kind="failed", error="ValueError: no", trace="Traceback")
+        else:
+            yield from done(run, stop)
+
+    outcome, said = pool(study("smoke", 257), behave, jobs=1)
+    assert (outcome.ran, outcome.failed) == (3, ("vanilla--tiny--seed-0",))
+    assert any(line.startswith("vanilla--tiny--seed-0 failed: ") and error in line for line in said)
+
+
+def test_when_the_time_is_up_what_trains_stops_and_what_is_measured_ends() -> None:
+    def behave(run: StudyRun, stop: threading.Event) -> Iterator[Word]:
+        if run.arm == "vanilla":
+            yield Word(kind="at", tokens=1)
+            stop.wait(10)
+            yield Word(kind="stopped", tokens=2)
+        else:
+            yield Word(kind="measuring", tokens=run.tokens)
+            time.sleep(1.5)
+            yield Word(kind="done", tokens=run.tokens)
+
+    outcome, said = pool(study("smoke", 257), behave, jobs=2, seconds=0.6)
+    assert (outcome.ran, outcome.interrupted, outcome.failed) == (1, True, ())
+    assert any("the time is up: 1 runs stop at a checkpoint, 2 do not start" in line for line in said)
+
+
+def test_two_at_one_folder_are_refused(tmp_path: Path, shards: str) -> None:
+    places = Places(out=tmp_path, data=shards)
+    with places.claimed(), pytest.raises(ValueError, match="is in use by another `mor study`"):
+        run_studies([study("smoke", 257)], places)
+    with places.claimed():
+        pass
 
 
 def test_no_jobs_are_refused(shards: str, tmp_path: Path) -> None:

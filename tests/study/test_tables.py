@@ -57,7 +57,9 @@ def test_models_that_are_not_causal_are_told() -> None:
 
 def test_gaps_by_size() -> None:
     table = gap_table(findings(study("gaps", 512)))
-    assert [cells[0] for cells in table.rows] == ["mor-3-2m", "mor-3-6m", "mor-3-11m"]
+    assert [cells[0] for cells in table.rows] == [
+        f"{kind}-3-{size}" for size in ("2m", "6m", "11m") for kind in ("mor", "threshold")
+    ]
     assert row(table, "mor-3-2m")["gap, nats"] == "+0.0200 ± 0.0058"
     assert (row(table, "mor-3-2m")["causal depth"], row(table, "mor-3-2m")["`top_k` depth"]) == ("2.000", "1.990")
 
@@ -87,7 +89,7 @@ def last(of: Study) -> str:
 
 def test_the_dial_has_a_column_for_each_arm() -> None:
     table = dial_table(everything())
-    assert table.head == ("asked depth", "mor-2", "mor-3", "mor-4", "threshold-choice")
+    assert table.head == ("asked depth", "mor-2", "mor-3", "mor-4", "threshold-3")
     assert row(table, "1.95")["mor-3"] == "–"
     assert "±" in row(table, "1.95")["mor-2"]
 
