@@ -80,6 +80,7 @@ class Slots(SlotRunner):
             turns_once=period == 1 or in_lockstep or layers.saves_rows,
             period=period if in_lockstep else 1,
             most_per_token=period,
+            mean_per_token=model.config.mean_depth or (1 + plan.num_recursions) / 2,
         )
         self._budgets, self._num_recursions = budgets, plan.num_recursions
         self._thresholds: dict[Budget, Sequence[float]] = {}
