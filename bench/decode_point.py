@@ -133,9 +133,10 @@ class Point:
         ):
             self.engine.step()
         self.slots.run = run  # type: ignore[method-assign]
-        self.slots.warm_up([sequences], [self.prompt, self.prompt + self.output], [self.spot.top_p < 1])
-        for _ in range(3):
-            self.engine.step()
+        for steps in (3, 0):  # what turns in a visit may be known better afterwards
+            self.slots.warm_up([sequences], [self.prompt, self.prompt + self.output], [self.spot.top_p < 1])
+            for _ in range(steps):
+                self.engine.step()
 
     def _steps(self) -> Iterator[list[RequestOutput]]:
         """What the steps tell that are watched; the first tells of the batch before, which does not count."""

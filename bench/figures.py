@@ -166,10 +166,12 @@ def _whole(value: float) -> str:
 
 def draw(found: Sequence[dict[str, Any]], *, sequences: int, context: int, ablated: str) -> dict[str, str]:
     """All figures that there are points for, by the name of their file."""
-    lines = [line for one in found if one["benchmark"] == "decode" for line in one["lines"] if line["top_p"] == 1]
+    lines = [
+        line for one in found if one["benchmark"] == "decode" for line in one["lines"] if line.get("top_p", 1) == 1
+    ]
     served = [one for one in found if one["benchmark"] == "throughput"]
     tries, arms, latencies = ([line for one in served for line in one[key]] for key in ("tries", "arms", "latencies"))
-    at = [line for line in lines if line["point"] == ablated]
+    at = [line for line in lines if line.get("point") == ablated]
     figures = {
         "by_sequences": growth(
             [line for line in lines if line["context"] == context and line["place"].isdigit()],

@@ -22,6 +22,7 @@ from mor.benchmark.serving import Served, make_engine, pages_for, serve
 from mor.benchmark.settle import Settled, settle_workload
 from mor.benchmark.workload import Workload, poisson_arrivals
 from mor.engine.engine import Engine
+from mor.engine.slot_runner import USUAL
 
 ENGINE = "engine"
 Report = Callable[[str], None]
@@ -193,7 +194,7 @@ class _Setup:
             tried=search.tried,
         )
         if engine.slots is not None:  # also those that the last requests will need
-            engine.slots.warm_up(lengths=[workload.longest], limits=[False])
+            engine.slots.warm_up([*USUAL, concurrency], [workload.longest], [False])
         setup = cls(result=result, engine=engine, peers=peers_of(arm, options.peers))
         for _ in setup.run_round(workload.first(concurrency).shortened(options.warmup_tokens), options):
             pass

@@ -31,8 +31,8 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1
 
 USUAL = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers that visits are captured for before anyone comes. Those between them are served by the next larger one until
-they are captured too: on an H200 a layer of 16 rows takes 1.1 times as long as one of 4, a visit of
-MoR-3 with 256 slots 1.45 times as long as one with 32 (context 256)."""
+they are captured too: on an H200 a layer of 16 rows takes 1.1 times as long as one of 4, and a visit of MoR-3 with 256
+slots 1.45 times as long as one with 32."""
 
 SHORTEST = 512
 """The least bound on a visit's entries; each further one is four times as large. Visits of a new shape are captured
@@ -319,6 +319,7 @@ class SlotRunner:
             turns |= {0} if self._period > 1 else set()
             kinds = product(sorted(turns), {self._bound(length) for length in lengths}, limits)
             self._graphs.prepare([VisitShape(slots=slots, turns=t, longest=b, limited=is_so) for t, b, is_so in kinds])
+        self._graphs.choice.patience = PATIENCE
 
     def warm_up_usual(self) -> None:
         """Capture what serves every request, and what serves most of them best.

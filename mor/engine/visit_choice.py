@@ -10,9 +10,9 @@ from collections import Counter
 
 from mor.engine.slot_program import VisitShape
 
-HASTE, PATIENCE = 32, 1000
+HASTE, PATIENCE = 32, 300
 """How often an exact visit is wanted in vain until it is captured though requests wait: where nothing was prepared, and
-where all that is usual was. Capturing takes as long as some hundred visits."""
+where visits were. Capturing takes as long as some hundred visits."""
 
 
 class VisitChoice:
