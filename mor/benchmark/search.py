@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 
 import torch
@@ -27,6 +28,7 @@ class Search:
         self.tried: dict[int, Served] = {}
         self._arm, self._workload, self._num_pages = arm, workload, num_pages
         self._temperature, self._report = temperature, report
+        self._most: float = math.inf  # that the pool let run
 
     @property
     def best(self) -> int:
@@ -47,6 +49,8 @@ class Search:
         gc.collect()  # an engine is a ring of references; its pages would stay beside those of the next
         if arm.model.device.type == "cuda":
             torch.cuda.empty_cache()
+        if served.most_running < concurrency:
+            self._most = served.most_running
         return served.most_running == concurrency
 
     def run(self, first: int) -> int:
@@ -58,11 +62,14 @@ class Search:
         start = self.best
         for factor in (FINER, 1 / FINER):
             near = round(start * factor)
-            while near >= 1 and near not in self.tried and self.attempt(near) and self.best == near:
+            while self._is_new(near) and self.attempt(near) and self.best == near:
                 near = round(near * factor)
             if self.best != start:
                 break
         return self.best
+
+    def _is_new(self, concurrency: int) -> bool:
+        return 1 <= concurrency <= self._most and concurrency not in self.tried
 
     def _share(self, concurrency: int) -> float:
         return self.tried[concurrency].best_rate / self.tried[self.best].best_rate

@@ -87,6 +87,8 @@ def test_the_best_concurrency_is_what_the_pool_holds_at_most(arms: list[Arm], wo
     equal = Workload(prompts=workload.prompts * 4, lengths=(workload.longest - 3,) * 20)
     search = Search(arms[0], equal, pages_for(arms[0], 2, workload.longest), 1.0, said.append)
     assert not search.attempt(4) and set(search.tried) == {2}  # only two ran
+    assert search.run(1) in (1, 2) and set(search.tried) == {1, 2}
+    assert not search._is_new(3)  # more than ran
     assert "preempted" in said[0] and "rows a visit" in said[0] and "pages in use" in said[0]
 
 
