@@ -56,13 +56,16 @@ def test_a_run_from_a_model_starts_the_routers_warm_ups_anew(tmp_path, shards):
     assert int(model.model.recursion.router.training_forwards) == 1
 
 
-def test_calibration_rows_are_training_rows_that_another_seed_draws(tmp_path, shards):
-    options = tiny_options(tmp_path, shards, calibration_tokens=130)
-    train = open_shards(options, "train")
-    validator = build_validator(options, train, torch.float32)
-    assert [tuple(rows.shape) for rows in validator._calibration_rows] == [(2, 32)] * 3
-    state, _ = build_run(options)
-    assert not torch.equal(validator._calibration_rows[0], next(state.loader).input_ids)
+def test_calibration_rows_lie_at_equal_distances_over_the_training_split(tmp_path, shards):
+    """Neighbours are of one document, and alike. One row at least."""
+    train = open_shards(tiny_options(tmp_path, shards), "train")
+    for tokens, count in ((130, 4), (1, 1)):
+        options = tiny_options(tmp_path, shards, calibration_tokens=tokens)
+        rows = torch.cat(list(build_validator(options, train, torch.float32)._calibration_rows))
+        available = train.num_tokens // 32
+        places = [number * available // count * 32 for number in range(count)]
+        assert rows.tolist() == [train.read(place, place + 32).tolist() for place in places]
+    assert not build_validator(tiny_options(tmp_path, shards, calibration_tokens=0), train, torch.float32).calibrates
 
 
 @pytest.mark.parametrize("evaluation_tokens", [0, 64])
