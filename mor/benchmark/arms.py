@@ -50,8 +50,9 @@ _SMALL: dict[str, dict[str, int]] = {
 class Arm:
     """One model to measure.
 
-    `mean_depth`: asked of the model with each request, None for its own. `routing`: in words, where its depths come
-    from. `lockstep`: see `EngineOptions`.
+    `mean_depth`: asked of the model with each request, None for its own. `wanted_depth`: the mean depth that generated
+    tokens shall have, for which `mor.benchmark.settle` looks for what to ask; None where they are taken as they come.
+    `routing`: in words, where its depths come from. `lockstep`: see `EngineOptions`.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Arm:
     tokenizer: Any
     mean_depth: float | None
     routing: str
+    wanted_depth: float | None = None
     lockstep: bool | None = None
 
 
@@ -130,9 +132,9 @@ def build_arm(
 ) -> Arm:
     """The arm `name` with random weights, always the same ones.
 
-    `mean_depth`: None is (R + 1) / 2. `routing`: `calibrated` is the model's own router, whose thresholds are set to
-    quantiles of its scores on random tokens; `random` gives each place in a sequence a random depth, the same in every
-    sequence, at exact shares.
+    `mean_depth`: wanted of what is generated, None is (R + 1) / 2; asked for as it stands until it is settled.
+    `routing`: `calibrated` is the model's own router, whose thresholds are set to quantiles of its scores on random
+    tokens; `random` gives each place in a sequence a random depth, the same in every sequence, at exact shares.
     """
     config = arm_config(name, size, mean_depth=mean_depth, routing=routing, max_length=max_length)
     torch.manual_seed(0)
@@ -152,6 +154,7 @@ def build_arm(
         tokenizer=word_tokenizer(config.vocab_size),
         mean_depth=asked,
         routing=words,
+        wanted_depth=asked,
         lockstep=None if batching is None else batching == "lockstep",
     )
 
@@ -167,8 +170,10 @@ def _calibrate(model: MorForCausalLM, mean_depth: float) -> None:
     generator = torch.Generator().manual_seed(0)
     size = CALIBRATION_ROWS, min(CALIBRATION_LENGTH, model.config.max_position_embeddings)
     rows = torch.randint(model.config.vocab_size, size, generator=generator)
-    near = (max(1.0, mean_depth - 0.05), mean_depth, min(float(model.config.num_recursions), mean_depth + 0.05))
-    calibrate(model, [rows], mean_depths=sorted(set(near)))  # narrow: scores of random weights are close together
+    most = float(model.config.num_recursions)
+    steps = (0.05, 0.1, 0.2, 0.4)  # closer together near what is wanted: scores of random weights are alike
+    near = [mean_depth + sign * step for step in (0.0, *steps) for sign in (-1, 1)]
+    calibrate(model, [rows], mean_depths=sorted({1.0, most, *(depth for depth in near if 1 < depth < most)}))
 
 
 def _mean_depth(mean_depth: float | None, num_recursions: int) -> float:

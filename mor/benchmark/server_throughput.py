@@ -101,6 +101,8 @@ def measure_offline(model: str | Path, load: Load, options: EngineOptions, *, ro
     engine = Engine.from_pretrained(model, options=options)
     engine.warm_up()
     engine.generate(load.warming().prompts, load.warming().params(), progress=False)
+    while engine.warm_up_one():  # as a server does while it waits
+        pass
     return [_measure_offline(engine, load) for _ in range(rounds)]
 
 

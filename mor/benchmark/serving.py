@@ -21,10 +21,10 @@ PAGE_ENTRIES = 16
 class Served:
     """What was seen while a workload was served.
 
-    `seconds` on the clock, `cpu_seconds` of all this process's threads. `steady_tokens_per_second`: from the end of the
-    first request until nobody waits; None if that is no time. `rows`: tokens that took a visit, summed over visits.
-    `kv_bytes`: of pages in use, mean over visits, and at most. `first_token` (since arrival) and `gaps` (between the
-    tokens of a request) in seconds.
+    `seconds` on the clock, `cpu_seconds` of all this process's threads. `steady_tokens_per_second`: from when as many
+    requests have ended as may run at a time until nobody waits; None if that is no time. `rows`: tokens that took a
+    visit, summed over visits. `pages`: in use, mean over steps, and at most. `first_token` (since arrival) and `gaps`
+    (between the tokens of a request) in seconds.
     """
 
     seconds: float
@@ -37,14 +37,32 @@ class Served:
     rows: int = 0
     preemptions: int = 0
     most_running: int = 0
-    kv_bytes: float = 0.0
-    most_kv_bytes: int = 0
+    pages: float = 0.0
+    most_pages: int = 0
+    page_bytes: int = 0
     first_token: tuple[float, ...] = ()
     gaps: tuple[float, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
+
+    @property
+    def best_rate(self) -> float:
+        """Tokens per second while the queue was full, or of the whole run where that was no time."""
+        return self.steady_tokens_per_second or self.tokens_per_second
+
+    @property
+    def kv_bytes(self) -> float:
+        return self.pages * self.page_bytes
+
+    @property
+    def most_kv_bytes(self) -> int:
+        return self.most_pages * self.page_bytes
+
+    @property
+    def rows_per_visit(self) -> float:
+        return self.rows / max(1, self.visits)
 
     @property
     def tokens_per_cpu_second(self) -> float:
@@ -123,16 +141,13 @@ class _Watch:
     cpu_start: float = field(default_factory=time.process_time)
     tokens: int = 0
     depths: list[int] = field(default_factory=list[int])
-    kv_bytes: list[int] = field(default_factory=list[int])
+    pages: list[int] = field(default_factory=list[int])
     most_running: int = 0
     last: dict[str, float] = field(default_factory=dict[str, float])
     first_token: list[float] = field(default_factory=list[float])
     gaps: list[float] = field(default_factory=list[float])
     steady: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
-    any_finished: bool = False
-
-    def __post_init__(self) -> None:
-        self._page_bytes = self.engine.runner.layout.page_bytes(self.engine.model.dtype)
+    num_finished: int = 0
 
     def now(self) -> float:
         return time.perf_counter() - self.start
@@ -141,10 +156,10 @@ class _Watch:
         now, pool = self.now(), self.engine.pool
         for output in outputs:
             self._see_tokens(output, now)
-        self.kv_bytes.append((pool.num_pages - pool.num_free) * self._page_bytes)
+        self.pages.append(pool.num_pages - pool.num_free)
         self.most_running = max(self.most_running, self.engine.scheduler.num_running)
-        self.any_finished |= any(output.finished for output in outputs)
-        if self.any_finished and self.engine.scheduler.num_waiting:
+        self.num_finished += sum(output.finished for output in outputs)
+        if self.num_finished >= self.engine.options.max_requests and self.engine.scheduler.num_waiting:
             self.steady.append((now, self.tokens))
 
     def _see_tokens(self, output: RequestOutput, now: float) -> None:
@@ -175,8 +190,9 @@ class _Watch:
             rows=rows,
             preemptions=preemptions,
             most_running=self.most_running,
-            kv_bytes=sum(self.kv_bytes) / max(1, len(self.kv_bytes)),
-            most_kv_bytes=max(self.kv_bytes, default=0),
+            pages=sum(self.pages) / max(1, len(self.pages)),
+            most_pages=max(self.pages, default=0),
+            page_bytes=self.engine.runner.layout.page_bytes(self.engine.model.dtype),
             first_token=tuple(self.first_token),
             gaps=tuple(self.gaps),
         )

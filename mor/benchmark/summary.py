@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -47,11 +47,34 @@ def latency_lines(results: Sequence[ArmResult]) -> list[Line]:
     ]
 
 
+def try_lines(results: Sequence[ArmResult]) -> list[Line]:
+    """One line per arm and number of sequences tried."""
+    return [
+        dict(
+            arm=result.arm.name,
+            pool=result.pool,
+            concurrency=number,
+            tokens_per_second=round(served.best_rate, 1),
+            whole_tokens_per_second=round(served.tokens_per_second, 1),
+            mean_depth=None if served.mean_depth is None else round(served.mean_depth, 3),
+            rows_per_visit=round(served.rows_per_visit, 1),
+            pages=round(served.pages),
+            most_pages=served.most_pages,
+            pool_pages=result.num_pages,
+            preemptions=served.preemptions,
+        )
+        for result in results
+        for number, served in sorted(result.tried.items())
+    ]
+
+
 SPEED = {
     "arm": "arm",
     "system": "system",
     "concurrency": "sequences",
     "tokens_per_second": "tokens/s",
+    "rate": "rate",
+    "whole_tokens_per_second": "whole run",
     "spread": "spread",
     "tokens_per_cpu_second": "per CPU s",
     "times_vanilla": "x vanilla",
@@ -61,13 +84,27 @@ SPEED = {
 }
 INSIDE = {
     "arm": "arm",
+    "asked_depth": "asked",
     "mean_depth": "depth",
     "visits": "visits",
     "rows_per_visit": "rows/visit",
-    "steady_tokens_per_second": "steady tokens/s",
+    "pages": "pages",
+    "pool_pages": "of",
     "gap_p50": "gap p50 s",
     "gap_p99": "p99 s",
     "kv_bytes": "KV bytes",
+    "preemptions": "preempted",
+}
+TRIES = {
+    "arm": "arm",
+    "concurrency": "sequences tried",
+    "tokens_per_second": "tokens/s",
+    "whole_tokens_per_second": "whole run",
+    "mean_depth": "depth",
+    "rows_per_visit": "rows/visit",
+    "pages": "pages",
+    "most_pages": "at most",
+    "pool_pages": "of",
     "preemptions": "preempted",
 }
 LATENCY = {
@@ -112,13 +149,17 @@ def _peers(result: ArmResult) -> list[str]:
 
 def _line(result: ArmResult, system: str, base: ArmResult | None) -> Line:
     rounds, config = result.rounds[system], result.arm.model.config
-    speeds = [served.tokens_per_second for served in rounds]
+    speeds = [result.rate(served) for served in rounds]
     line: Line = dict(
         arm=result.arm.name,
         system=system,
         layers=config.num_hidden_layers,
+        pool=result.pool,
+        requests=result.requests,
         concurrency=1 if system == "generate-1" else result.concurrency,
+        rate="steady" if result.is_steady and system == ENGINE else "whole",
         tokens_per_second=round(statistics.median(speeds), 1),
+        whole_tokens_per_second=round(statistics.median(served.tokens_per_second for served in rounds), 1),
         spread=round((max(speeds) - min(speeds)) / statistics.median(speeds), 3),
         tokens_per_cpu_second=round(statistics.median(served.tokens_per_cpu_second for served in rounds), 1),
         requests_per_second=round(statistics.median(served.requests / served.seconds for served in rounds), 3),
@@ -126,9 +167,9 @@ def _line(result: ArmResult, system: str, base: ArmResult | None) -> Line:
     if system == ENGINE:
         line |= _engine_columns(result)
         if base is not None and base is not result:
-            line |= _ratios("vanilla", rounds, base.rounds[ENGINE])
+            line |= _ratios("times_vanilla", rounds, base.rounds[ENGINE], result.rate)
     else:
-        line |= _ratios("engine", result.rounds[ENGINE], rounds)
+        line |= _ratios("engine_is_times", result.rounds[ENGINE], rounds, lambda served: served.tokens_per_second)
     return line
 
 
@@ -137,23 +178,25 @@ def _engine_columns(result: ArmResult) -> Line:
     steady = [s.steady_tokens_per_second for s in result.rounds[ENGINE] if s.steady_tokens_per_second is not None]
     return dict(
         steady_tokens_per_second=round(statistics.median(steady), 1) if steady else None,
+        asked_depth=None if result.arm.mean_depth is None else round(result.arm.mean_depth, 4),
         mean_depth=None if served.mean_depth is None else round(served.mean_depth, 3),
         visits=served.visits,
-        rows_per_visit=round(served.rows / max(1, served.visits), 1),
+        rows_per_visit=round(served.rows_per_visit, 1),
         preemptions=served.preemptions,
         most_running=served.most_running,
         gap_p50=quantile(served.gaps, 0.5),
         gap_p99=quantile(served.gaps, 0.99),
+        pages=round(served.pages),
+        pool_pages=result.num_pages,
         kv_bytes=round(served.kv_bytes),
         most_kv_bytes=served.most_kv_bytes,
         pool_bytes=result.pool_bytes,
     )
 
 
-def _ratios(name: str, ours: Sequence[Served], theirs: Sequence[Served]) -> Line:
-    """Speed relative to vanilla in the engine, or the engine's relative to this peer."""
-    key = "times_vanilla" if name == "vanilla" else "engine_is_times"
-    middle, least, most = ratio(ours, theirs, lambda served: served.tokens_per_second)
+def _ratios(key: str, ours: Sequence[Served], theirs: Sequence[Served], rate: Callable[[Served], float]) -> Line:
+    """Speed relative to vanilla in the engine, or the engine's relative to a peer."""
+    middle, least, most = ratio(ours, theirs, rate)
     cpu = ratio(ours, theirs, lambda served: served.tokens_per_cpu_second)[0]
     return {key: round(middle, 3), f"{key}_range": (round(least, 3), round(most, 3)), f"{key}_cpu": round(cpu, 3)}
 

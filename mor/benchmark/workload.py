@@ -27,9 +27,32 @@ class Workload:
         """Tokens of the longest request, prompt and output."""
         return max(len(prompt) + length for prompt, length in zip(self.prompts, self.lengths, strict=True))
 
+    @property
+    def mean(self) -> float:
+        """Tokens of a request on average, prompt and output."""
+        return (self.num_tokens + sum(map(len, self.prompts))) / len(self)
+
+    def shortened(self, tokens: int) -> Workload:
+        """The same requests, none of which generates more than `tokens`."""
+        return Workload(prompts=self.prompts, lengths=tuple(min(tokens, length) for length in self.lengths))
+
     def first(self, number: int) -> Workload:
         """Its first requests."""
         return Workload(prompts=self.prompts[:number], lengths=self.lengths[:number])
+
+    def at_least(self, number: int) -> Workload:
+        """Its requests over and over until there are `number`, or as they are if there are more."""
+        times = max(1, -(-number // len(self)))
+        again = Workload(prompts=self.prompts * times, lengths=self.lengths * times)
+        return again.first(max(number, len(self)))
+
+    def staggered(self, number: int) -> Workload:
+        """As if its first `number` requests, which begin together, were at different places of their outputs: the first
+        generates 1/number of its own, the next 2/number. A queue that has long been served looks like this; one that
+        begins anew fills its pool in waves."""
+        parts = (min(1.0, (place + 1) / number) for place in range(len(self)))
+        lengths = tuple(max(1, round(part * length)) for part, length in zip(parts, self.lengths, strict=True))
+        return Workload(prompts=self.prompts, lengths=lengths)
 
 
 def random_workload(

@@ -1,6 +1,6 @@
 """Measure speed.
 
-mor bench throughput --dimensions 360m --pool 32seq --concurrency best --arms vanilla-4,mor-4
+mor bench throughput --dimensions 360m --pool 32seq,8GiB --concurrency best --first-try 32 --arms vanilla-4,mor-4
 mor bench throughput --dimensions small --requests 16 --length 128 --length-sd 0 --peers generate,generate-1
 mor bench throughput --model runs/a --model runs/b --data text.txt --figure pareto.svg
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,11 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         "mor-R-token; the last three may add -shared or -hybrid (default vanilla,mor-3)",
     )
     parser.add_argument(
-        "--mean-depth", type=depth_list, metavar="M,...", help="of MoR arms; with --model a list to try"
+        "--mean-depth",
+        type=depth_list,
+        metavar="M,...",
+        help="that MoR arms shall generate at (default (R+1)/2); what to ask for is looked for.\n"
+        "With --model a list to ask for",
     )
     parser.add_argument(
         "--routing",
@@ -70,6 +75,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=float, default=256, metavar="N", help="mean tokens to generate (256)")
     parser.add_argument("--length-sd", type=float, default=64, metavar="S", help="their standard deviation (64)")
     parser.add_argument("--rates", type=depth_list, default=[], metavar="R,...", help="Poisson arrivals per second")
+    parser.add_argument("--rate-seconds", type=float, metavar="S", help="they come for so long (until all have come)")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -79,7 +85,18 @@ def _add_measurement(parser: argparse.ArgumentParser) -> None:
         "--first-try", type=int, default=1, metavar="N", help="where the search for the best begins (1)"
     )
     parser.add_argument(
-        "--pool", default="fit", metavar="P", help="memory of keys and values: fit, 2GiB, or 32seq (vanilla sequences)"
+        "--per-sequence", type=int, default=8, metavar="N", help="requests of a round per sequence, with best (8)"
+    )
+    parser.add_argument(
+        "--pool",
+        type=_names,
+        default="fit",
+        metavar="P,...",
+        help="memory of keys and values, one measured after the other: fit, 2GiB, or what holds\n"
+        "vanilla sequences, 32seq at the longest request and 32mean at the mean",
+    )
+    parser.add_argument(
+        "--settle-tokens", type=int, default=65536, metavar="N", help="generated to try a mean depth (65536)"
     )
     parser.add_argument(
         "--peers",
@@ -92,13 +109,15 @@ def _add_measurement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup-tokens", type=int, default=8, metavar="N", help="per sequence, not counted (8)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: greedy (default 1)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch on a CPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the last line here, after each pool")
 
 
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from mor.benchmark.peers import check_peers
-    from mor.benchmark.throughput import measure
+    from mor.benchmark.throughput import measure, settle_arms
+    from mor.files import write_text
     from mor.show.machine import describe_machine
     from mor.show.terminal import make_console
 
@@ -108,27 +127,42 @@ def run(arguments: argparse.Namespace) -> None:
     options, notes = _options(arguments), make_console(stderr=True)
     arms, rows = _arms(arguments)
     workload = _workload(arguments, arms, rows)
-    results = measure(arms, workload, options, report=lambda line: notes.print(line, highlight=False, soft_wrap=True))
-    machine = describe_machine(arms[0].model.device)
-    _print(arguments, machine, results, rows)
+
+    def report(line: str) -> None:
+        notes.print(line, highlight=False, soft_wrap=True)
+
+    arms, settled = settle_arms(arms, workload, options[0], report=report)
+    found = dict(arms=[], tries=[], latencies=[], quality=[], settled={n: asdict(s) for n, s in settled.items()})
+    asked = {name: value for name, value in vars(arguments).items() if name not in ("action", "overrides", "json")}
+    found |= dict(benchmark="throughput", machine=describe_machine(arms[0].model.device), options=asked)
+    for one in options:
+        results = measure(arms, workload, one, report=report)
+        _print(arguments, results, rows, found)
+        if arguments.json is not None:
+            write_text(arguments.json, json.dumps(found))
+    print(json.dumps(found))
 
 
-def _options(arguments: argparse.Namespace) -> ThroughputOptions:
+def _options(arguments: argparse.Namespace) -> list[ThroughputOptions]:
+    """One for each pool."""
     from mor.benchmark.throughput import ThroughputOptions
 
     if arguments.concurrency != "best" and not arguments.concurrency.isdecimal():
         raise ValueError(f"--concurrency {arguments.concurrency!r} is neither a number nor best")
-    return ThroughputOptions(
+    common: dict[str, Any] = dict(
         concurrency=None if arguments.concurrency == "best" else int(arguments.concurrency),
         first_try=arguments.first_try,
-        pool=arguments.pool,
+        requests_per_sequence=arguments.per_sequence,
+        settle_tokens=arguments.settle_tokens,
         warmup_tokens=arguments.warmup_tokens,
         rounds=arguments.rounds,
         rates=tuple(arguments.rates),
+        rate_seconds=arguments.rate_seconds,
         peers=tuple(arguments.peers),
         temperature=arguments.temperature,
         seed=arguments.seed,
     )
+    return [ThroughputOptions(pool=pool, **common) for pool in arguments.pool]
 
 
 def _arms(arguments: argparse.Namespace) -> tuple[list[Arm], list[Any]]:
@@ -184,22 +218,25 @@ def _workload(arguments: argparse.Namespace, arms: list[Arm], rows: list[Any]) -
     return random_workload(vocab_size=arms[0].model.config.vocab_size, **shape)
 
 
-def _print(arguments: argparse.Namespace, machine: dict[str, str], results: list[Any], rows: list[Any]) -> None:
-    from mor.benchmark.summary import INSIDE, LATENCY, QUALITY, SPEED, latency_lines, lines, table
+def _print(arguments: argparse.Namespace, results: list[Any], rows: list[Any], found: dict[str, Any]) -> None:
+    """Tables of one pool, whose lines are added to what was found."""
+    from mor.benchmark.summary import INSIDE, LATENCY, QUALITY, SPEED, TRIES, latency_lines, lines, table, try_lines
     from mor.files import write_text
     from mor.show.terminal import make_console
 
     console = make_console()
     if not console.is_terminal:
-        console.width = 140  # a log has room for all columns
-    said, latencies = lines(results), latency_lines(results)
+        console.width = 150  # a log has room for all columns
+    said, tries, latencies = lines(results), try_lines(results), latency_lines(results)
+    if tries:
+        console.print(table(tries, TRIES))
+    console.print(f"pool {results[0].pool}, {results[0].requests:,} requests", highlight=False)
     console.print(table(said, SPEED))
     console.print(table([line for line in said if "visits" in line], INSIDE))
     for result in results:
         console.print(f"{result.arm.name}: depths {result.arm.routing}", highlight=False, soft_wrap=True)
     if latencies:
         console.print(table(latencies, LATENCY))
-    points: list[Any] = []
     if rows:
         from mor.benchmark.pareto import measure_points, pareto_figure
 
@@ -207,9 +244,10 @@ def _print(arguments: argparse.Namespace, machine: dict[str, str], results: list
         console.print(table(points, QUALITY))
         if arguments.figure:
             write_text(Path(arguments.figure), pareto_figure(points))
-    asked = {name: value for name, value in vars(arguments).items() if name not in ("action", "overrides")}
-    found = dict(arms=said, latencies=latencies, quality=points, routing={r.arm.name: r.arm.routing for r in results})
-    print(json.dumps(dict(benchmark="throughput", machine=machine, options=asked, **found)))
+        found["quality"] += points
+    for name, new in (("arms", said), ("tries", tries), ("latencies", latencies)):
+        found[name] += new
+    found["routing"] = {result.arm.name: result.arm.routing for result in results}
 
 
 def _names(text: str) -> tuple[str, ...]:

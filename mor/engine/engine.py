@@ -90,10 +90,15 @@ class Engine:
         return cls(*load_model(path, device=device), options)
 
     def warm_up(self) -> None:
-        """Prepare what the first requests would otherwise wait for: compile, and capture visits of all numbers of
-        slots. Takes seconds to a minute on CUDA, and nothing where there are no slots."""
+        """Prepare what the first requests would otherwise wait for: compile, and capture visits that serve any number
+        of requests. Takes seconds on CUDA, and nothing where there are no slots."""
         if self.slots is not None:
-            self.slots.warm_up()
+            self.slots.warm_up_usual()
+
+    def warm_up_one(self) -> bool:
+        """While no request runs: capture one more visit, that past requests would have been served better by. False if
+        there is none. Takes a fraction of a second."""
+        return self.slots is not None and not self.has_unfinished and self.slots.warm_up_one()
 
     @property
     def has_unfinished(self) -> bool:

@@ -45,6 +45,13 @@ def routing_of(model: MorForCausalLM, budgets: Budgets) -> SlotRouting:
     return routing
 
 
+def _mean_visits(config: MorConfig) -> float:
+    """Visits of a token, as far as the configuration tells."""
+    if config.router == "none":
+        return config.num_recursions
+    return config.mean_depth or (1 + config.num_recursions) / 2
+
+
 class Slots(SlotRunner):
     """The slots of an engine, or of a test."""
 
@@ -80,6 +87,7 @@ class Slots(SlotRunner):
             turns_once=period == 1 or in_lockstep or layers.saves_rows,
             period=period if in_lockstep else 1,
             most_per_token=period,
+            mean_per_token=_mean_visits(model.config),
         )
         self._budgets, self._num_recursions = budgets, plan.num_recursions
         self._thresholds: dict[Budget, Sequence[float]] = {}

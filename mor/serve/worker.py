@@ -142,6 +142,8 @@ class Worker:
     def _listen(self) -> bool:
         """Take what was sent, waiting for it only when there is nothing to do. False when told to stop."""
         while not self._engine.has_unfinished or self._wire.poll():
+            while not self._engine.has_unfinished and not self._wire.poll() and self._engine.warm_up_one():
+                pass
             message: ToEngine = self._wire.receive()
             match message:
                 case Submit():

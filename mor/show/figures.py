@@ -63,9 +63,10 @@ def line_chart(
     width: int = 640,
     height: int = 320,
     x_format: Callable[[float], str] = compact,
+    y_format: Callable[[float], str] | None = None,
 ) -> str:
-    """Lines over a light grid. The y axis covers the drawn values, not zero: losses live in a narrow band. `x_format`:
-    how numbers stand below the x axis.
+    """Lines over a light grid. The y axis covers the drawn values, not zero: losses live in a narrow band. `x_format`,
+    `y_format`: how numbers stand beside the axes.
 
     Raises ValueError when no series has a point.
     """
@@ -76,7 +77,7 @@ def line_chart(
     x_range = _padded([x for x, _ in points], beside)
     frame = Frame(width=width, height=height, x_range=x_range, y_range=y_band(series))
     lines = "".join(_line(frame, line) for line in reversed(series))
-    return _svg(frame, title, _axes(frame, x_label, y_label, x_format) + lines)
+    return _svg(frame, title, _axes(frame, x_label, y_label, x_format, y_format) + lines)
 
 
 def bar_chart(counts: Sequence[int], *, title: str, width: int = 640) -> str:
@@ -153,16 +154,22 @@ def _score_row(frame: Frame, bins: Sequence[int], threshold: float, index: int, 
     return name + bars + axis + rule + f'<text x="{right}" y="{high:.1f}" text-anchor="end">{says}</text>'
 
 
-def _axes(frame: Frame, x_label: str, y_label: str, x_format: Callable[[float], str]) -> str:
+def _axes(
+    frame: Frame,
+    x_label: str,
+    y_label: str,
+    x_format: Callable[[float], str],
+    y_format: Callable[[float], str] | None,
+) -> str:
     narrow = frame.width < 480
     parts = [f'<text x="2" y="13">{escape(y_label)}</text>']
     heights = ticks(*frame.y_range, target=5)
     digits = next((d for d in (3, 4, 5) if all(_fits(value, d) for value in heights)), 6)
     for value in heights:
-        y = frame.y(value)
+        y, said = frame.y(value), compact(value, digits=digits) if y_format is None else y_format(value)
         parts.append(
             f'<path class="grid" d="M{frame.left} {y:.1f}H{frame.width - frame.right}"/>'
-            f'<text x="{frame.left - 8}" y="{y + 4:.1f}" text-anchor="end">{compact(value, digits=digits)}</text>'
+            f'<text x="{frame.left - 8}" y="{y + 4:.1f}" text-anchor="end">{said}</text>'
         )
     base = frame.height - frame.bottom
     for value in ticks(*frame.x_range, target=4 if narrow else 7):

@@ -9,9 +9,11 @@ import pytest
 
 from mor.benchmark.arms import Arm, build_arm
 from mor.benchmark.peers import PEERS, check_peers
+from mor.benchmark.pools import parse_pool, pool_pages
+from mor.benchmark.search import Search
 from mor.benchmark.serving import Served, make_engine, pages_for, pages_in, serve, vanilla_bytes
-from mor.benchmark.summary import LATENCY, SPEED, latency_lines, lines, quantile, table
-from mor.benchmark.throughput import ENGINE, ThroughputOptions, measure, parse_pool, ratio, try_concurrencies
+from mor.benchmark.summary import LATENCY, SPEED, TRIES, latency_lines, lines, quantile, table, try_lines
+from mor.benchmark.throughput import ENGINE, ThroughputOptions, measure, ratio, settle_arms
 from mor.benchmark.workload import Workload, random_workload
 
 QUICK = tuple(name for name in PEERS if name != "llama-batch")  # on a CPU it takes a quarter of a minute
@@ -81,19 +83,61 @@ def test_measure_runs_everything_in_each_round(arms: list[Arm], workload: Worklo
 
 
 def test_the_best_concurrency_is_what_the_pool_holds_at_most(arms: list[Arm], workload: Workload) -> None:
-    options = ThroughputOptions(concurrency=None, pool="2seq")
-    pages = pages_for(arms[0], 2, workload.longest)
-    equal = Workload(prompts=workload.prompts * 4, lengths=(workload.longest - 3,) * 20)
     said: list[str] = []
-    tried = try_concurrencies(arms[0], equal, pages, options, said.append)
-    assert set(tried) == {1, 2}
-    assert len(said) == 3  # 1, 2, and 4, of which only 2 ran
-    result = measure(arms[:1], equal, options)[0]
-    assert result.tried[result.concurrency] == max(result.tried.values())
-    assert result.pool_bytes == vanilla_bytes(arms[0], 2, workload.longest)
+    equal = Workload(prompts=workload.prompts * 4, lengths=(workload.longest - 3,) * 20)
+    search = Search(arms[0], equal, pages_for(arms[0], 2, workload.longest), 1.0, said.append)
+    assert not search.attempt(4) and set(search.tried) == {2}  # only two ran
+    assert search.run(1) in (1, 2) and set(search.tried) == {1, 2}
+    assert not search._is_new(3)  # more than ran
+    assert "preempted" in said[0] and "rows a visit" in said[0] and "pages in use" in said[0]
 
 
-@pytest.mark.parametrize("text", ["2", "0GiB", "1.5seq", "fits", "-1GiB"])
+def test_the_search_is_finer_around_the_best(arms: list[Arm], workload: Workload) -> None:
+    speeds = {2: 10.0, 4: 19.0, 5: 22.0, 6: 23.0, 8: 21.0, 16: 11.0, 3: 1.0}
+    search = Search(arms[0], workload, 1, 1.0, lambda line: None)
+
+    def attempt(number: int) -> bool:
+        near = min(speeds, key=lambda known: abs(known - number))
+        search.tried[number] = Served(seconds=1.0, cpu_seconds=1.0, tokens=round(speeds[near] * 100), requests=1)
+        return True
+
+    search.attempt = attempt  # type: ignore[method-assign]
+    assert search.run(2) == 6
+    assert [*search.tried] == [2, 4, 8, 16, 10, 6, 5]
+
+
+def test_the_headline_of_the_best_concurrency_is_steady(arms: list[Arm], workload: Workload) -> None:
+    options = ThroughputOptions(concurrency=None, pool="2mean", first_try=2, rounds=1)
+    results = measure(arms, workload, options)
+    numbers = {result.concurrency for result in results}
+    assert all(numbers <= result.tried.keys() for result in results)
+    assert {result.requests for result in results} == {max(5, 8 * max(numbers))}
+    said = lines(results)
+    assert all(line["rate"] == "steady" and line["pool"] == "2mean" for line in said)
+    assert all(line["tokens_per_second"] == pytest.approx(line["steady_tokens_per_second"], 1e-3) for line in said)
+    assert {line["pool_pages"] for line in try_lines(results)} == {result.num_pages for result in results}
+    assert table(try_lines(results), TRIES).row_count == sum(len(result.tried) for result in results)
+
+
+def test_two_readings_of_a_pool_in_sequences(arms: list[Arm], workload: Workload) -> None:
+    even = Workload(prompts=workload.prompts, lengths=(5, 5, 5, 5, 30))
+    assert pool_pages("2seq", arms[0], even, None) == pages_for(arms[0], 2, 33)
+    assert pool_pages("2mean", arms[0], even, None) == pages_for(arms[0], 2, 13)
+    assert pool_pages("fit", arms[0], even, 3) == pages_for(arms[0], 3, 33)
+
+
+def test_arms_with_a_router_are_settled(arms: list[Arm]) -> None:
+    load = random_workload(num_requests=12, vocab_size=256, prompt_tokens=3, mean=30, deviation=2)
+    said: list[str] = []
+    options = ThroughputOptions(concurrency=4, rounds=1, settle_tokens=1000)
+    settled, found = settle_arms(arms, load, options, report=said.append)
+    assert [*found] == ["mor-3"] and found["mor-3"].is_close and "mor-3: asked" in said[0]
+    result = measure(settled, load, options)[1]
+    assert result.engine.mean_depth == pytest.approx(2.0, rel=0.02)
+    assert lines([result])[0]["asked_depth"] == pytest.approx(found["mor-3"].asked, abs=1e-4)
+
+
+@pytest.mark.parametrize("text", ["2", "0GiB", "1.5seq", "0.5mean", "fits", "-1GiB"])
 def test_a_wrong_pool_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="neither fit, nor a size like 2GiB"):
         ThroughputOptions(pool=text)

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from mor.benchmark.workload import normal_length, poisson_arrivals, random_workload, text_workload
+from mor.benchmark.workload import Workload, normal_length, poisson_arrivals, random_workload, text_workload
 
 SHAPE = dict(num_requests=400, prompt_tokens=3, mean=20.0, deviation=12.0)
 
@@ -22,6 +22,14 @@ def test_lengths_are_normal_and_bounded() -> None:
     assert all(len(prompt) == 3 and all(0 <= token < 50 for token in prompt) for prompt in load.prompts)
     assert load.longest == 3 + max(load.lengths)
     assert load.first(2).num_tokens == sum(load.lengths[:2])
+
+
+def test_a_queue_that_has_long_been_served() -> None:
+    load = Workload(prompts=((1,), (2,), (3,)), lengths=(9, 12, 30))
+    assert load.at_least(5).lengths == (9, 12, 30, 9, 12) and load.at_least(2) == load
+    assert load.staggered(3).lengths == (3, 8, 30) and load.staggered(1) == load
+    assert load.shortened(10).lengths == (9, 10, 10)
+    assert load.mean == 18
 
 
 def test_equal_seeds_give_equal_work() -> None:
