@@ -165,6 +165,7 @@ class Point:
 
         self.slots.run = timed  # type: ignore[method-assign]
         wait(device)
+        lengths = self._lengths()
         start, preempted = time.perf_counter(), self.engine.statistics.preemptions
         for outputs in self._steps():
             for output in outputs:
@@ -173,7 +174,7 @@ class Point:
         wait(device)
         self.slots.run = run  # type: ignore[method-assign]
         assert self.engine.statistics.preemptions == preempted, "sequences were preempted while they were watched"
-        lengths = self.slots._state.lengths[: self.sequences].double().mean(0).tolist()
+        lengths = [(before + after) / 2 for before, after in zip(lengths, self._lengths(), strict=True)]
         counted, number = begun[:-2], sum(visits[:-1])
         idle = sum(_between(a, b) for a, b in zip(counted[1::2], counted[2::2]))
         busy = sum(_between(a, b) for a, b in zip(counted[::2], counted[1::2]))
@@ -187,6 +188,10 @@ class Point:
             **{f"depth_over_{r}": sum(d > r for d in depths) / max(1, len(depths)) for r in range(len(lengths))},
             **{f"entries_{s}": length for s, length in enumerate(lengths)},
         }
+
+    def _lengths(self) -> list[float]:
+        """Entries of each virtual sequence, mean over the slots."""
+        return self.slots._state.lengths[: self.sequences].double().mean(0).tolist()  # type: ignore[no-any-return]
 
     def lower_bound(self, seen: dict[str, float], copy_rate: float, flop_rate: float) -> dict[str, float]:
         """Bytes and FLOPs per token, and the least seconds that a token can take."""
