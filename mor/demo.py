@@ -234,8 +234,8 @@ def _load(run: RunOptions) -> tuple[MorForCausalLM, Any]:
 
 
 def _rows(options: DemoOptions, run: RunOptions, tokenizer: Any) -> list[torch.Tensor]:
-    size = {"batch_size": 8, "sequence_length": run.training.sequence_length}
-    return list(open_rows(run.data.path, tokenizer, max_tokens=options.evaluation_tokens, **size))
+    length, most = run.training.sequence_length, options.evaluation_tokens
+    return list(open_rows(run.data.path, tokenizer, batch_size=8, sequence_length=length, max_tokens=most))
 
 
 def _measure_arms(options: DemoOptions, runs: dict[Kind, RunOptions], console: Console) -> list[Arm]:

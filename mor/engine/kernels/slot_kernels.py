@@ -296,7 +296,7 @@ def enter_kernel(
             _copy_row(x_D, stream_SD + slot * HIDDEN, HIDDEN, BLOCK_D)
             _copy_row(x_D, x_SD + slot * HIDDEN, HIDDEN, BLOCK_D)
     _copy_row(x_D, y_ND + slot * HIDDEN, HIDDEN, BLOCK_D)
-    for each in tl.static_range(TAKEN):
+    for each in tl.static_range(TAKEN):  # pyright: ignore
         own = tl.maximum(recursion, 0) if TAKEN == 1 else recursion * 0 + each
         have = lengths_SQ + slot * SEQUENCES + own
         entry = tl.load(have)
