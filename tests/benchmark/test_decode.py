@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from bench.decode import Bench, say
 from bench.decode_point import Spot
 from mor.benchmark.arms import build_arm
+from mor.engine import slot_runner
 
 SETTINGS: dict[str, Any] = dict(mean_depth=None, max_length=128, device="cpu", dtype=torch.float32)
 
@@ -32,7 +34,9 @@ def test_a_pool_holds_more_sequences_that_write_less() -> None:
     assert rooms[1][0] > rooms[0][0] and rooms[2][0] <= rooms[1][0]
 
 
-def test_arms_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+def test_arms_side_by_side(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With batches that no clock cuts short, as on CUDA, so that what is settled is what is watched."""
+    monkeypatch.setattr(slot_runner, "BATCH_SECONDS", math.inf)
     measured = bench()
     for name in ("vanilla", "mor-3", "mor-3-lockstep", "mor-3"):
         line = measured.run(name, Spot.of("4x48"))
