@@ -72,10 +72,10 @@ SUITES: dict[str, tuple[Item, ...]] = {
         ),
         Item(
             name="peers",
-            seconds=115,
+            seconds=150,
             answers="the engine beside transformers, which compiles",
             command=_H200 + "peers.json --arms vanilla --requests 256 --prompt 32 --length 256 --length-sd 0"
-            " --concurrency 256 --rounds 2 --warmup-tokens 256 --peers llama-static,llama-batch",
+            " --concurrency 256 --rounds 1 --warmup-tokens 256 --peers llama-static,llama-batch",
         ),
         Item(
             name="pool-32",

@@ -31,7 +31,8 @@ BASE = ("mor.config", "mor.files", "mor.quiet")
 MODEL_LIBRARIES = ("torch", "transformers", "huggingface_hub", "numpy", "safetensors")
 # The engine's plans are made of integers: these files hold no torch.
 ENGINE_PLANNING = tuple(
-    f"mor.engine.{name}" for name in ("block_pool", "cache_shape", "params", "prefix_cache", "request", "scheduler")
+    f"mor.engine.{name}"
+    for name in ("block_pool", "cache_shape", "limits", "params", "prefix_cache", "request", "scheduler")
 )
 
 # The first level whose part a file belongs to is the one that counts.

@@ -41,10 +41,20 @@ class Peer:
         self.name, self._arm = name, arm
         self._model: Any = arm.model
         self._options: dict[str, Any] = {} if arm.mean_depth is None else dict(mean_depth=arm.mean_depth)
-        if name.startswith("llama-"):
+        if self.is_theirs:
             self._model = _llama(arm)
         if name in ("llama-dynamic", "llama-static"):
             self._options = dict(cache_implementation=name.removeprefix("llama-"))
+
+    @property
+    def is_theirs(self) -> bool:
+        """Whether the model is transformers' own."""
+        return self.name.startswith("llama-")
+
+    @property
+    def attention(self) -> str:
+        """The attention that transformers chose; known once it has served."""
+        return str(self._model.config._attn_implementation)
 
     def serve(self, workload: Workload, *, batch: int, temperature: float = 1.0) -> Served:
         """Generate for all requests, `batch` at a time."""

@@ -41,6 +41,7 @@ class Search:
         engine = make_engine(arm, concurrency=concurrency, num_pages=self._num_pages)
         if engine.slots is not None:
             engine.slots.warm_up([concurrency], [trial.longest], [False])
+        engine.warm_up_prompts()  # which requests are again that were preempted
         serve(engine, trial.first(concurrency).shortened(2), mean_depth=arm.mean_depth)
         served = serve(engine, trial.staggered(concurrency), mean_depth=arm.mean_depth, temperature=self._temperature)
         self.tried[served.most_running] = served

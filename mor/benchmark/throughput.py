@@ -144,6 +144,10 @@ def measure(
         _Setup.of(search, arm, workload, options, concurrency=number, num_pages=p)
         for search, arm, number, p in zip(searches, arms, numbers, pages, strict=True)
     ]
+    for setup in setups:
+        for peer in setup.peers:
+            if peer.is_theirs:
+                report(f"{setup.result.arm.name} {peer.name}: attention {peer.attention}")
     for number in range(options.rounds):
         for setup in setups:
             for name, served in setup.run_round(workload, options):
@@ -195,6 +199,7 @@ class _Setup:
         )
         if engine.slots is not None:  # also those that the last requests will need
             engine.slots.warm_up([*USUAL, concurrency], [workload.longest], [False])
+        engine.warm_up_prompts()
         setup = cls(result=result, engine=engine, peers=peers_of(arm, options.peers))
         for _ in setup.run_round(workload.first(concurrency).shortened(options.warmup_tokens), options):
             pass

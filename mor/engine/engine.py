@@ -91,9 +91,21 @@ class Engine:
 
     def warm_up(self) -> None:
         """Prepare what the first requests would otherwise wait for: compile, and capture visits that serve any number
-        of requests. Takes seconds on CUDA, and nothing where there are no slots."""
+        of requests. Takes seconds on CUDA."""
         if self.slots is not None:
             self.slots.warm_up_usual()
+        self.warm_up_prompts()
+
+    def warm_up_prompts(self) -> None:
+        """Take in prompts of few tokens and of more, which compiles what planned visits need. Raises ValueError while
+        requests are unfinished."""
+        most = min(self.scheduler.limits.max_length - 1, self.scheduler.shape.most_tokens(self.pool.num_pages))
+        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, seed=0)
+        for size in sorted({min(size, most) for size in (2, 9, self.runner.few_rows + 3)}):
+            self.generate([[0] * size], params, progress=False)
+        if self.prefixes is not None:
+            self.prefixes.clear()
+        self.statistics = Statistics()
 
     def warm_up_one(self) -> bool:
         """While no request runs: capture one more visit, that past requests would have been served better by. False if

@@ -29,6 +29,8 @@ class EngineOptions:
             model has no router, so that every token takes all recursions, and rows that wait cost something.
         native: whether layers of few rows are run by a C program, which the machine's compiler compiles once. None: on
             a CPU in float32, if there is a compiler.
+        pages_to_grow: when a request is admitted, every running one keeps room for the tokens of so many pages more.
+            0 fills the pool to the brim, and preempts more often.
         max_length: tokens of a prompt and its output together. None: the model's own limit.
         prefix_caching: keep the keys and values of prompts for requests that begin alike.
         seed: of the seeds that requests without one get.
@@ -45,6 +47,7 @@ class EngineOptions:
     slot_visits: int | None = None
     lockstep: bool | None = None
     native: bool | None = None
+    pages_to_grow: int = 2
     max_length: int | None = None
     prefix_caching: bool = True
     seed: int = 0
@@ -54,6 +57,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.pages_to_grow < 0:
+            raise ValueError(f"pages_to_grow={self.pages_to_grow} must be at least 0")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(
                 f"max_length={self.max_length} must be at least 2: a token of a prompt and one of an output"

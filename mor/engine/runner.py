@@ -92,6 +92,11 @@ class Runner:
         self._logits: dict[int, Tensor] = {}
 
     @property
+    def few_rows(self) -> int:
+        """Up to how many rows take the kernels for few."""
+        return int(self._layers.ops.FEW_ROWS)
+
+    @property
     def _device(self) -> torch.device:
         return self.store.numbers.device
 

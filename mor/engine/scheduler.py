@@ -14,42 +14,13 @@ from dataclasses import dataclass, field
 
 from mor.engine.block_pool import BlockPool
 from mor.engine.cache_shape import CacheShape
+from mor.engine.limits import Limits
 from mor.engine.prefix_cache import PageCopy, PrefixCache, PrefixNode
 from mor.engine.request import FinishReason, Request, Segment, SegmentResult
 
 
 class QueueFull(RuntimeError):
     """As many requests wait as may; try again later."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much at once.
-
-    `max_requests`: requests that run. `max_visit_tokens`: tokens of a visit; a prefill chunk may exceed it if it is the
-    only one in flight, so that a prompt never waits for other requests' outputs to end. `prefill_chunk`: tokens of a
-    prompt that enter together; chunks end at multiples of it, whatever else runs. `max_length`: tokens of a prompt and
-    its output. `max_waiting`: requests that wait, None for any number.
-    """
-
-    max_requests: int
-    max_visit_tokens: int
-    prefill_chunk: int
-    max_length: int
-    max_waiting: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_requests", "max_visit_tokens", "prefill_chunk", "max_waiting"):
-            value: int | None = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length} must be at least 2: one token of prompt, one of output")
-
-    @property
-    def visit_bound(self) -> int:
-        """The most tokens a visit can have."""
-        return max(self.max_visit_tokens, self.max_requests - 1 + self.prefill_chunk)
 
 
 @dataclass(kw_only=True)
@@ -365,10 +336,8 @@ class Scheduler:
         return self._prefix_cache.lookup(request.tokens, request.params.budget)
 
     def _claim(self, request: Request, node: PrefixNode | None, outstanding: int) -> bool:
-        """Whether all tokens known of `request` fit, at worst, beside what the running ones may still take.
-
-        Taking in more would make requests preempt each other in turn. On success `node` is held.
-        """
+        """Whether all tokens known of `request` fit, at worst, beside what the running ones may still take. On success
+        `node` is held."""
         lengths, computed = (node.lengths, node.num_tokens) if node else (None, 0)
         needed = self.shape.worst_pages(request.num_known, lengths, computed)
         if node is not None and self._prefix_cache is not None:
@@ -381,8 +350,10 @@ class Scheduler:
         return False
 
     def _outstanding(self, request: Request) -> int:
-        """Pages that a running request may still take for the tokens known of it."""
-        worst = self.shape.worst_pages(request.num_known, request.lengths, request.num_computed)
+        """Pages that a running request may still take for the tokens known of it and those it has room to grow by."""
+        last = len(request.prompt) + self.most_output(request) - 1
+        known = max(request.num_known, min(last, request.num_known + self.limits.room_to_grow))
+        worst = self.shape.worst_pages(known, request.lengths, request.num_computed)
         return max(0, worst - request.num_pages)  # a slot's pages may reach ahead of what is known
 
     def _begin(self, request: Request, node: PrefixNode | None, plan: Plan) -> None:

@@ -12,8 +12,8 @@ import torch
 from mor.engine.budgets import Budgets
 from mor.engine.kv_store import KvStore, PageLayout
 from mor.engine.layers import Layers
+from mor.engine.limits import Limits
 from mor.engine.options import EngineOptions
-from mor.engine.scheduler import Limits
 from mor.engine.slots import Slots
 from mor.model.modeling_mor import MorForCausalLM
 
@@ -55,6 +55,7 @@ def limits_of(options: EngineOptions, model: MorForCausalLM) -> Limits:
         max_visit_tokens=options.max_visit_tokens or (8192 if on_cuda else 512),
         prefill_chunk=options.prefill_chunk or (1024 if on_cuda else 256),
         max_length=options.max_length or most,
+        room_to_grow=options.pages_to_grow * options.page_entries,
     )
 
 

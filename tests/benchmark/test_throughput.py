@@ -70,7 +70,10 @@ def test_measure_runs_everything_in_each_round(arms: list[Arm], workload: Worklo
     assert [*results[0].rounds] == [ENGINE, *QUICK]
     assert [*results[1].rounds] == [ENGINE, "generate", "generate-1"]  # Llama is no MoR
     assert all(len(rounds) == 2 for result in results for rounds in result.rounds.values())
-    assert len(said) == 2 * (5 + 3) + 2
+    assert [line for line in said if "attention" in line] == [
+        f"vanilla-3 {peer}: attention sdpa" for peer in QUICK if peer.startswith("llama-")
+    ]
+    assert len(said) == 2 + 2 * (5 + 3) + 2
     found = lines(results)
     assert json.loads(json.dumps(found))[0]["arm"] == "vanilla-3"
     engines = {line["arm"]: line for line in found if line["system"] == ENGINE}

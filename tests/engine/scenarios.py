@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from mor.engine.cache_shape import CacheShape
+from mor.engine.limits import Limits
 from mor.engine.request import Request
-from mor.engine.scheduler import Limits
 from tests.engine.simulation import SimulatedModel, Simulation, request
 
 

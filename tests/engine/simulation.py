@@ -14,10 +14,11 @@ from functools import lru_cache
 
 from mor.engine.block_pool import BlockPool
 from mor.engine.cache_shape import CacheShape
+from mor.engine.limits import Limits
 from mor.engine.params import Budget, SamplingParams
 from mor.engine.prefix_cache import PrefixCache
 from mor.engine.request import Request, Segment, SegmentResult
-from mor.engine.scheduler import Limits, Plan, Scheduler
+from mor.engine.scheduler import Plan, Scheduler
 
 VOCABULARY = 7
 STOP_TOKEN = 0

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from mor.engine.block_pool import BlockPool, OutOfPages
 from mor.engine.cache_shape import CacheShape
+from mor.engine.limits import Limits
 from mor.engine.prefix_cache import PrefixCache
 from mor.engine.request import Request
-from mor.engine.scheduler import Limits
 from tests.engine.scenarios import Scenario, scenarios, shapes
 from tests.engine.simulation import SimulatedModel, Simulation, request, small_shape
 

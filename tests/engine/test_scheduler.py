@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from mor.engine.block_pool import BlockPool
+from mor.engine.limits import Limits
 from mor.engine.request import FinishReason, Request, SegmentResult
-from mor.engine.scheduler import Limits, QueueFull, Scheduler
+from mor.engine.scheduler import QueueFull, Scheduler
 from tests.engine.scenarios import Scenario, crowd, scenarios
 from tests.engine.simulation import SimulatedModel, Simulation, request, small_shape
 
@@ -80,6 +81,18 @@ def test_hundreds_of_requests_on_a_pool_too_small_for_them(granularity: int | No
     assert sum(found.num_preemptions for found in requests) > 20
     assert sum(found.finish_reason == "abort" for found in requests) > 20
     assert (sum(found.cached_tokens for found in requests) > 300) == (granularity is not None)
+
+
+@pytest.mark.parametrize("granularity", [None, 4])
+def test_room_to_grow_spares_preemptions(granularity: int | None) -> None:
+    scenario = crowd(1, num_requests=300, shape=small_shape(), granularity=granularity)
+    limits, counts = scenario.limits, dict[int, int]()
+    for room in (0, 4, 48):
+        scenario = dataclasses.replace(scenario, limits=dataclasses.replace(limits, room_to_grow=room))
+        played, requests = scenario.play(check=False)
+        assert_ended_well(scenario, played, requests)
+        counts[room] = sum(found.num_preemptions for found in requests)
+    assert counts[4] < counts[0] / 2 and counts[48] == 0  # no request has more tokens than that
 
 
 @pytest.mark.slow

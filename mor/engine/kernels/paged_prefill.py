@@ -45,7 +45,7 @@ def cut_tiles(
     return np.stack((first, np.minimum(tile_rows, stop[span] - first), row[span]), axis=1).astype(np.int32)
 
 
-@kernel
+@kernel(do_not_specialize=["table_stride"])
 def _attend_tile(
     query_MHE,
     key_XPGE,
