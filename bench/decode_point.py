@@ -153,7 +153,11 @@ class Point:
         wait(self.arm.model.device.type)
 
     def watch(self) -> dict[str, float]:
-        """Tokens per second, and what the device did meanwhile."""
+        """Tokens per second, and what the device did meanwhile.
+
+        Time is the device's, from the beginning of the first batch that counts to that of the one behind the last: what
+        the host does before the first and after the last is nobody's. `host_seconds` has that too.
+        """
         device, begun, depths, visits = self.arm.model.device.type, [], list[int](), list[int]()
         run = self.slots.run
 
@@ -175,15 +179,15 @@ class Point:
         self.slots.run = run  # type: ignore[method-assign]
         assert self.engine.statistics.preemptions == preempted, "sequences were preempted while they were watched"
         lengths = [(before + after) / 2 for before, after in zip(lengths, self._lengths(), strict=True)]
-        counted, number = begun[:-2], sum(visits[:-1])
-        idle = sum(_between(a, b) for a, b in zip(counted[1::2], counted[2::2]))
-        busy = sum(_between(a, b) for a, b in zip(counted[::2], counted[1::2]))
+        number, time_ms = sum(visits[:-1]), _between(begun[0], begun[-2])
+        busy = sum(_between(a, b) for a, b in zip(begun[:-2:2], begun[1:-2:2]))
         return {
-            "tokens_per_second": len(depths) / took,
+            "tokens_per_second": 1e3 * len(depths) / time_ms,
+            "host_seconds": took,
             "visits": number,
-            "visit_ms": 1e3 * took / number,
+            "visit_ms": time_ms / number,
             "device_busy_ms": busy / number,
-            "device_idle_ms": idle / number,
+            "device_idle_ms": (time_ms - busy) / number,
             "mean_depth": sum(depths) / max(1, len(depths)),
             **{f"depth_over_{r}": sum(d > r for d in depths) / max(1, len(depths)) for r in range(len(lengths))},
             **{f"entries_{s}": length for s, length in enumerate(lengths)},

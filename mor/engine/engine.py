@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mor.engine.beside import Beside
 from mor.engine.block_pool import BlockPool
+from mor.engine.collecting import collecting_later
 from mor.engine.detokenizer import Detokenizer
 from mor.engine.kv_store import KvStore, PageLayout
 from mor.engine.layers import Layers
@@ -168,6 +169,10 @@ class Engine:
 
         What a visit raises is raised here. The requests that took part have then failed, as the next step says.
         """
+        with collecting_later():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         plan = self.scheduler.plan(0 if self.slots is None else self.slots.ahead)
         self.statistics.add(preemptions=len(plan.preempted))
         queued = self._queue_slots(plan) if self.slots is not None else 0

@@ -187,6 +187,8 @@ class Scheduler:
         plan = Plan(num_tokens=sum(request.segment.active for request in self._running if request.segment))
         between = [request for request in self._running if request.segment is None]
         decoding = [request for request in between if request.is_decoding_alone]
+        if decoding:
+            between = [request for request in between if not request.is_decoding_alone]
         growth = self.shape.growths(ahead)
         for request in tuple(self._running):
             if request.state == "running" and not self._go_on(request, growth, plan):
@@ -202,20 +204,20 @@ class Scheduler:
         """Take the pages with which a running request goes on; False if there are none for it."""
         if request.segment is not None:
             return self._reserve(request.segment, plan)
-        if not request.is_decoding_alone or self._reaches(request, growth):
+        if not request.is_decoding_alone:
+            return True
+        short = self._short(request, growth)
+        if not short:
             return True
         most = len(request.prompt) + self.most_output(request) - 1
-        lengths = [min(most, length + more) for length, more in zip(request.lengths, growth, strict=True)]
+        lengths = [(sequence, min(most, request.lengths[sequence] + growth[sequence])) for sequence in short]
         plan.grown.append(request)
-        return self._take(request, [(s, lengths[s]) for s, written in enumerate(self.shape.written) if written], plan)
+        return self._take(request, lengths, plan)
 
-    def _reaches(self, request: Request, growth: Sequence[int]) -> bool:
-        """Whether the pages of a request in a slot hold this many more entries."""
-        sizes = self.shape.tokens_per_page
-        for length, more, pages, size in zip(request.lengths, growth, request.pages, sizes):
-            if length + more > len(pages) * size:
-                return False
-        return True
+    def _short(self, request: Request, growth: Sequence[int]) -> list[int]:
+        """The sequences of a request in a slot whose pages do not hold so many more entries."""
+        each = zip(request.lengths, growth, request.pages, self.shape.tokens_per_page)
+        return [s for s, (length, more, pages, size) in enumerate(each) if length + more > len(pages) * size]
 
     def _enter(self, requests: Sequence[Request], plan: Plan, *, prefilling: bool) -> bool:
         """Let requests that are ready enter their next segments, in order of arrival; False if one found no room."""
