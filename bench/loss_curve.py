@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.train_step import ARMS, DIMENSIONS
+from bench.train_step import ARMS, SIZES
 from mor.data.loader import Batch, PackedLoader
 from mor.data.shards import TokenShards, write_shards
 from mor.data.sources import open_source
@@ -59,7 +59,7 @@ def losses(arm: str, seed: int, data: Iterator[Batch], steps: int, *, reference:
     """The language-modelling loss of each step."""
     torch.manual_seed(seed)
     on_cuda = torch.cuda.is_available()
-    model: Any = MorForCausalLM(MorConfig(**(DIMENSIONS | ({} if on_cuda else SMALL) | ARMS[arm])))
+    model: Any = MorForCausalLM(MorConfig(**(SIZES["360m"] | ({} if on_cuda else SMALL) | ARMS[arm])))
     model = model.to("cuda" if on_cuda else "cpu").train()
     if not reference:
         compile_layers(model)

@@ -1,10 +1,15 @@
 """Training steps of MoR, its twins and transformers' Llama, side by side on one CUDA device.
 
-    python -m bench.train_step [--arms vanilla,mor-2,...] [--rows 16] [--steps 20] [--rounds 2]
+    python -m bench.train_step [--arms vanilla,mor-2,...] [--size 360m] [--rows 16] [--steps 20] [--rounds 2]
 
-360M dimensions, bfloat16 over float32 weights, random tokens, forward + backward + clipping + AdamW. Every arm runs in
-each round, so that ratios are of one run and their spread is seen. Fails on graph breaks, on recompilations after the
-warm-up and on host synchronisations. Prints a table, and one line of JSON last.
+360M dimensions or those of the studies, bfloat16 over float32 weights, random tokens, forward + backward + clipping +
+AdamW. Every arm runs in each round, so that ratios are of one run and their spread is seen. An arm of ours whose name
+ends in `-captured` replays its steps as a CUDA graph; the others run kernel by kernel. Fails on graph breaks, on
+recompilations after the warm-up and on host synchronisations. Prints a table, and one line of JSON last. What small
+models gain from graphs:
+
+    python -m bench.train_step --size 6m --rows 32 --length 512 --steps 100 --rounds 1 \
+        --arms vanilla,vanilla-captured,mor-3,mor-3-captured
 """
 
 from __future__ import annotations
@@ -31,20 +36,27 @@ from mor.model.cost import training_flops
 from mor.model.modeling_mor import MorForCausalLM
 from mor.model.threshold_choice import MeasuredThreshold
 from mor.model.token_choice import DepthRule
+from mor.study.studies import WIDTHS, vanilla
 from mor.train.compile import compile_layers
 from mor.train.fused_loss import ChunkedLmLoss
-from mor.train.optim import build_optimizer, clip_gradients
+from mor.train.optim import build_optimizer
 from mor.train.options import OptimizerOptions
-from mor.train.step import accumulate_gradients
+from mor.train.step import DeviceStep, Run
+from mor.train.step_graph import CudaCapture, StepGraph
+from mor.train.window import Window
 
-DIMENSIONS: dict[str, Any] = dict(
-    vocab_size=49152,
-    hidden_size=960,
-    intermediate_size=2560,
-    num_hidden_layers=32,
-    num_attention_heads=15,
-    num_key_value_heads=5,
-)
+SIZES: dict[str, dict[str, Any]] = {
+    "360m": dict(
+        vocab_size=49152,
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+    ),
+    "6m": vanilla(WIDTHS["6m"], 8192),
+}
+CAPTURED = "-captured"
 MIDDLE = dict(sharing="middle_cycle")
 ARMS: dict[str, dict[str, Any]] = {
     "vanilla": {},
@@ -87,9 +99,20 @@ class BalancedThresholds(MeasuredThreshold):
         return keep_BA if valid_BA is None else keep_BA & valid_BA
 
 
-def mor_step(name: str, rows: Tensor) -> Callable[[], Tensor]:
+def dimensions(size: str, length: int) -> dict[str, Any]:
+    """What all arms share."""
+    return SIZES[size] | {"max_position_embeddings": length}
+
+
+def config_of(name: str, size: str, length: int) -> MorConfig:
+    """The model of an arm."""
+    own = ARMS[name.removesuffix(CAPTURED)]
+    return MorConfig(**dimensions(size, length), **own)
+
+
+def mor_step(name: str, size: str, rows: Tensor) -> Callable[[], Tensor]:
     """A training step of one of our models, as `mor train` takes it."""
-    config = MorConfig(**DIMENSIONS, **ARMS[name], max_position_embeddings=rows.shape[1])
+    config = config_of(name, size, rows.shape[1])
     model: Any = MorForCausalLM(config)
     model = model.cuda().train()
     router = model.model.recursion.router
@@ -99,23 +122,27 @@ def mor_step(name: str, rows: Tensor) -> Callable[[], Tensor]:
         thresholds, capacities = router.running_thresholds, router.trained_shares
         router.trained_rule = partial(BalancedThresholds, thresholds=thresholds, capacities=capacities)
     compile_layers(model)
-    optimizer, lm_loss = build_optimizer(model, OptimizerOptions()), ChunkedLmLoss()
+    run: Run = DeviceStep(
+        model=model, optimizer=build_optimizer(model, OptimizerOptions()), dtype=torch.bfloat16, lm_loss=ChunkedLmLoss()
+    )
+    if name.endswith(CAPTURED):
+        run = StepGraph(run, CudaCapture(model.device), tell=print)
+    window = Window(config)
     documents = (torch.rand(rows.shape, device="cuda") < 1 / DOCUMENT_TOKENS).cumsum(1)
-    batch = Batch(input_ids=rows, document_ids=documents if name.endswith("-documents") else None, epoch=0)
+    masked = name.removesuffix(CAPTURED).endswith("-documents")
+    batch = Batch(input_ids=rows, document_ids=documents if masked else None, epoch=0)
 
     def step() -> Tensor:
-        values = accumulate_gradients(model, [batch], dtype=torch.bfloat16, lm_loss=lm_loss)
-        clip_gradients(optimizer, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return values["loss"]
+        window.clear()
+        run([batch], window)
+        return window.state_dict()["values/loss"][0]
 
     return step
 
 
-def transformers_step(rows: Tensor) -> Callable[[], Tensor]:
+def transformers_step(size: str, rows: Tensor) -> Callable[[], Tensor]:
     """A training step of transformers' Llama under torch.compile and autocast: the peer."""
-    config = LlamaConfig(**DIMENSIONS, max_position_embeddings=rows.shape[1], tie_word_embeddings=True)
+    config = LlamaConfig(**dimensions(size, rows.shape[1]), tie_word_embeddings=True)
     model: Any = LlamaForCausalLM(config)
     model = model.cuda().train()
     compiled = torch.compile(model)
@@ -133,11 +160,11 @@ def transformers_step(rows: Tensor) -> Callable[[], Tensor]:
     return step
 
 
-def measure(name: str, rows: Tensor, steps: int) -> Measured:
+def measure(name: str, size: str, rows: Tensor, steps: int) -> Measured:
     """Build an arm, warm it up, time its steps with device events, and drop it."""
     torch.manual_seed(0)
     start = time.perf_counter()
-    step = transformers_step(rows) if name == "transformers" else mor_step(name, rows)
+    step = transformers_step(size, rows) if name == "transformers" else mor_step(name, size, rows)
     for _ in range(5):
         step()
     torch.cuda.synchronize()
@@ -174,32 +201,33 @@ def _compilations() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def flops_per_step(name: str, rows: Tensor) -> float:
+def flops_per_step(name: str, size: str, rows: Tensor) -> float:
     """Training FLOPs of a step by the complete rule."""
-    config = MorConfig(**DIMENSIONS, **ARMS[name], max_position_embeddings=rows.shape[1])
+    config = config_of(name, size, rows.shape[1])
     return training_flops(config, rows.numel(), sequence_length=rows.shape[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--size", choices=SIZES, default="360m")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
-    rows = torch.randint(DIMENSIONS["vocab_size"], (arguments.rows, arguments.length), device="cuda")
+    rows = torch.randint(SIZES[arguments.size]["vocab_size"], (arguments.rows, arguments.length), device="cuda")
     ceiling = matmul_rate("cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; matmul ceiling {ceiling / 1e12:.0f} TFLOP/s")
     results: dict[str, list[Measured]] = {name: [] for name in arguments.arms.split(",")}
     for number in range(arguments.rounds):
         for name, measured in results.items():
-            measured.append(measure(name, rows, arguments.steps))
+            measured.append(measure(name, arguments.size, rows, arguments.steps))
             print(f"round {number + 1} {name}: {measured[-1]}", flush=True)
-    print_table(results, rows, ceiling)
+    print_table(results, arguments.size, rows, ceiling)
 
 
-def print_table(results: dict[str, list[Measured]], rows: Tensor, ceiling: float) -> None:
+def print_table(results: dict[str, list[Measured]], size: str, rows: Tensor, ceiling: float) -> None:
     """Medians over rounds, ratios to the vanilla arm, spread of the ratios; then JSON."""
     lines = []
     base = results.get("vanilla") or next(iter(results.values()))
@@ -211,7 +239,7 @@ def print_table(results: dict[str, list[Measured]], rows: Tensor, ceiling: float
                 arm=name,
                 milliseconds=round(seconds * 1e3, 2),
                 tokens_per_second=round(rows.numel() / seconds),
-                mfu=round(flops_per_step(name, rows) / seconds / ceiling, 4),
+                mfu=round(flops_per_step(name, size, rows) / seconds / ceiling, 4),
                 peak_gib=round(max(m.peak_bytes for m in measured) / 2**30, 2),
                 time_ratio=round(statistics.median(ratios), 4),
                 time_ratio_spread=round(max(ratios) - min(ratios), 4),
@@ -220,7 +248,7 @@ def print_table(results: dict[str, list[Measured]], rows: Tensor, ceiling: float
         )
         print("  ".join(f"{key} {value}" for key, value in lines[-1].items()))
     print(json.dumps(dict(benchmark="train_step", device=torch.cuda.get_device_name(), torch=torch.__version__,
-                          rows=rows.shape[0], length=rows.shape[1], matmul_tflops=round(ceiling / 1e12, 1),
+                          size=size, rows=rows.shape[0], length=rows.shape[1], matmul_tflops=round(ceiling / 1e12, 1),
                           arms=lines)))  # fmt: skip
 
 

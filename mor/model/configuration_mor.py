@@ -1,6 +1,7 @@
 """Configuration of Mixture-of-Recursions models: every choice that changes the function, and nothing else."""
 
 import difflib
+import functools
 from dataclasses import fields
 from itertools import pairwise
 from typing import Any
@@ -184,7 +185,7 @@ class MorConfig(PreTrainedConfig):
     @property
     def depth_plan(self) -> DepthPlan:
         """Which weights, recursion and KV slot each layer application uses."""
-        return DepthPlan(num_layers=self.num_hidden_layers, num_recursions=self.num_recursions, sharing=self.sharing)  # type: ignore[arg-type]
+        return _depth_plan(self.num_hidden_layers, self.num_recursions, self.sharing)
 
     @property
     def router_loss_weights(self) -> dict[str, float]:
@@ -206,6 +207,12 @@ def _refuse_unknown_keys(config_class: type, kwargs: dict[str, Any]) -> None:
             continue
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         raise ValueError(f"unknown configuration key {key!r}; did you mean {nearest[0]!r}?")
+
+
+@functools.cache
+def _depth_plan(num_layers: int, num_recursions: int, sharing: str) -> DepthPlan:
+    """One plan, whose steps are worked out once, for all who ask: costs are asked for row by row."""
+    return DepthPlan(num_layers=num_layers, num_recursions=num_recursions, sharing=sharing)  # type: ignore[arg-type]
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

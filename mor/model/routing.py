@@ -185,7 +185,7 @@ class Router(nn.Module):
             self._forwards = int(self.training_forwards)
         number = self._forwards + 1 + self.rank
         self._forwards += self.num_ranks
-        self.training_forwards.fill_(self._forwards)
+        self.training_forwards.add_(self.num_ranks)  # not filled with the host's: replays of a CUDA graph count too
         return number
 
     def _tempered(self, x_BAD: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mor.data.build import num_cores
+from mor.model.configuration_mor import MorConfig
 from mor.study.grid import StudyRun
 from mor.study.places import Places
 
@@ -45,7 +46,7 @@ def work(pipe: Connection, places: Places, device: str | None, jobs: int) -> Non
         pipe.send(answer)
         if answer.kind != "done":
             return
-        _clear()
+        _clear(run)
         pipe.send(Word(kind="ready"))
 
 
@@ -70,11 +71,13 @@ def _prepare(jobs: int) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def _clear() -> None:
-    """Forget a run's compiled code, which holds its sizes, and its memory."""
+def _clear(run: StudyRun) -> None:
+    """Forget a run's memory, and of its compiled code what would not serve the next."""
     import torch
 
-    torch.compiler.reset()
+    from mor.train.compile import forget_compiled
+
+    forget_compiled(MorConfig(**run.options.model))
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

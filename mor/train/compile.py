@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo
+import torch._dynamo.utils
 import torch._functorch.config as partitioning
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +30,7 @@ COMPILED: dict[type[nn.Module], tuple[str, ...]] = {
     RecursionRouter: ("read", "advance"),
     TokenChoiceRouter: ("read",),
 }
+VARYING_ROUTERS = ("token_choice", "threshold_choice")  # scores decide how many tokens take a recursion
 NUMBERS_OF_TOKENS = 64  # that one function may be compiled for in a process, which may train several models
 # What the layers around keep anyway is all that these need to run again in the backward pass.
 RECOMPUTED = ("advance",)
@@ -48,9 +50,21 @@ def compile_layers(model: MorForCausalLM) -> None:
                 setattr(module, name, _in_training(module, name, dynamic))
 
 
+def forget_compiled(config: MorConfig) -> None:
+    """Forget compiled code after a run of `config` in a process that trains several.
+
+    It stays where the next run may use it. Code for any number of tokens goes: it would serve a run of a fixed number
+    too, and is slower. So does much code, as there is a limit to what one function may be compiled for.
+    """
+    stats = torch._dynamo.utils.counters["stats"]
+    if has_varying_sets(config) or stats["unique_graphs"] > NUMBERS_OF_TOKENS // 2:
+        torch.compiler.reset()
+        stats.clear()
+
+
 def has_varying_sets(config: MorConfig) -> bool:
     """Whether the number of tokens at a recursion changes from one training step to the next."""
-    return config.router in ("token_choice", "threshold_choice") or config.capacity_warmup_steps > 0
+    return config.router in VARYING_ROUTERS or config.capacity_warmup_steps > 0
 
 
 def _in_training(module: nn.Module, name: str, dynamic: bool) -> Callable[..., Any]:

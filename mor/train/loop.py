@@ -31,6 +31,7 @@ from mor.train.sharded_tensor import local_rows
 from mor.train.spikes import SpikeError, describe, find_spikes
 from mor.train.state import TrainingState
 from mor.train.step import optimizer_step
+from mor.train.step_graph import choose_run
 from mor.train.trackers import Tracker, check_trackers, open_trackers
 from mor.train.validation import Validator
 
@@ -140,6 +141,7 @@ class Trainer:
             asynchronous=self._options.asynchronous_checkpoints,
         )
         self._saved_step = state.step or None
+        self._run = choose_run(state, progress.note)
         self._pace = Pace(state.device, state.dtype, self._ranks)
 
     def run(self) -> TrainResult:
@@ -168,7 +170,7 @@ class Trainer:
         state = self._state
         start = time.perf_counter()
         rate = state.options.optimizer.learning_rate * self._schedule.factor(state.step)
-        optimizer_step(state, rate)
+        optimizer_step(state, rate, self._run)
         is_last = state.step == self._options.steps
         logs = is_last or state.step % self._options.log_interval == 0
         evaluates = is_last or self._is_due(self._options.evaluation_interval)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,7 +60,29 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Give every group `learning_rate` times its scale."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["scale"]
+        rate = learning_rate * group["scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def keep_learning_rates_on(device: torch.device, optimizer: torch.optim.Optimizer) -> None:
+    """Make the groups' learning rates tensors on `device`, which a CUDA graph reads at every replay."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+
+
+@contextmanager
+def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Around the capture of an update. A fused one is the same either way, but torch asks for the flag."""
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in optimizer.param_groups:
+            group["capturable"] = False
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> dict[str, Tensor]:

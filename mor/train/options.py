@@ -126,6 +126,8 @@ class TrainingOptions:
             `float32`.
         reshard_after_forward: whether `fsdp` frees them again until the backward pass.
         compile: run the layers compiled by torch.compile. None: on CUDA.
+        cuda_graph: replay whole steps as one CUDA graph (see `mor.train.step_graph`). None: where it can be done and
+            its memory is a small part of the device's.
         gradient_checkpointing: recompute activations in the backward pass.
         official_aux_loss_scale: multiply the coefficient of the router's auxiliary loss by
             `gradient_accumulation_steps`, as the authors' code does without meaning to: its published 0.001 acted as
@@ -155,6 +157,7 @@ class TrainingOptions:
     gather_precision: GatherPrecision = "auto"
     reshard_after_forward: bool = True
     compile: bool | None = None
+    cuda_graph: bool | None = None
     gradient_checkpointing: bool = False
     official_aux_loss_scale: bool = False
 

@@ -15,7 +15,7 @@ from mor.train.options import RunOptions
 MAY_CHANGE = frozenset(
     "output data.path data.verify training.device training.checkpoint_interval training.keep_checkpoints "
     "training.asynchronous_checkpoints training.parallel training.reshard_after_forward training.spike_threshold "
-    "training.stop_at_spike training.trackers training.shard_size".split()
+    "training.stop_at_spike training.trackers training.shard_size training.cuda_graph".split()
 )
 
 

@@ -5,7 +5,8 @@ Legend: B rows, T tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -90,26 +91,65 @@ def _forward(
         )
 
 
-def optimizer_step(state: TrainingState, learning_rate: float) -> None:
-    """Take the next step of a run at `learning_rate`, and add what it measured to the window."""
+Run = Callable[[Sequence[Batch], Window], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceStep:
+    """All that the device does in an optimizer step, whose measurements go into the window.
+
+    It is told neither the number of the step nor the learning rate, and leaves nothing on the host, so that it can be
+    captured once and replayed (`mor.train.step_graph`). `max_gradient_norm`: None clips nothing. `lm_loss`: None: the
+    model's own.
+    """
+
+    model: MorForCausalLM
+    optimizer: torch.optim.Optimizer
+    dtype: torch.dtype
+    max_gradient_norm: float | None = 1.0
+    lm_loss: LmLoss | None = None
+    parallel: Parallel = field(default_factory=OneProcess)
+
+    def __call__(self, batches: Sequence[Batch], window: Window) -> None:
+        values = accumulate_gradients(
+            self.model,
+            batches,
+            dtype=self.dtype,
+            lm_loss=self.lm_loss,
+            window=window,
+            parallel=self.parallel,
+        )
+        norms = clip_gradients(self.optimizer, self.max_gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        sum_router_measurements(self.model, self.parallel.ranks)
+        self.model.update_router_bias()
+        window.add_step(values | norms)
+
+
+def device_step(state: TrainingState) -> DeviceStep:
+    """What the device does in the steps of a run."""
+    return DeviceStep(
+        model=state.model,
+        optimizer=state.optimizer,
+        dtype=state.dtype,
+        max_gradient_norm=state.options.optimizer.max_gradient_norm,
+        lm_loss=state.lm_loss,
+        parallel=state.parallel,
+    )
+
+
+def optimizer_step(state: TrainingState, learning_rate: float, run: Run | None = None) -> None:
+    """Take the next step of a run at `learning_rate`, and add what it measured to the window.
+
+    `run`: how the device is brought to take it; None: kernel by kernel.
+    """
+    run = device_step(state) if run is None else run
     state.positions.append(state.loader.state_dict())
     count = micro_batches(state.options.training, state.parallel.ranks)
     batches = [next(state.loader) for _ in range(count)]
-    values = accumulate_gradients(
-        state.model,
-        batches,
-        dtype=state.dtype,
-        lm_loss=state.lm_loss,
-        window=state.window,
-        parallel=state.parallel,
-    )
-    norms = clip_gradients(state.optimizer, state.options.optimizer.max_gradient_norm)
     set_learning_rate(state.optimizer, learning_rate)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    sum_router_measurements(state.model, state.parallel.ranks)
-    state.model.update_router_bias()
-    state.window.add_step(values | norms)
+    run(batches, state.window)
     state.step += 1
     state.tokens += state.options.training.tokens_per_step
     state.epoch = batches[-1].epoch

@@ -45,8 +45,15 @@ class Window:
             counts = [metrics.sampling_counts(trace, boundary) for trace in routing]
             self._count("sampling", torch.stack(counts))
 
+    def add_copy(self, other: Window) -> None:
+        """Add what `other` measured, in tensors of its own."""
+        for name, values in other._values.items():
+            self._values.setdefault(name, []).extend(value.clone() for value in values)
+        for name, count in other._counts.items():
+            self._count(name, count)
+
     def _count(self, name: str, count: Tensor) -> None:
-        self._counts[name] = self._counts[name] + count if name in self._counts else count
+        self._counts[name] = self._counts[name] + count if name in self._counts else count.clone()
 
     def values(self) -> dict[str, list[float]]:
         """Each named value, step by step, in an order that survives `state_dict`."""

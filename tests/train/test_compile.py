@@ -1,0 +1,26 @@
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from mor.train.compile import NUMBERS_OF_TOKENS, forget_compiled, has_varying_sets
+from tests.tiny import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("settings", "graphs", "forgets"),
+    [
+        ({"router": "expert_choice"}, NUMBERS_OF_TOKENS // 2, False),
+        ({"router": "expert_choice"}, NUMBERS_OF_TOKENS // 2 + 1, True),
+        ({"router": "token_choice"}, 1, True),
+        ({"router": "expert_choice", "capacity_warmup_steps": 3}, 1, True),
+        ({}, 1, False),
+    ],
+)
+def test_compiled_code_goes_when_it_would_not_serve_the_next_run(monkeypatch, settings, graphs, forgets):
+    config, resets = tiny_config(**settings), []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setitem(counters["stats"], "unique_graphs", graphs)
+    forget_compiled(config)
+    assert bool(resets) == forgets
+    assert counters["stats"]["unique_graphs"] == (0 if forgets else graphs)
+    assert has_varying_sets(config) == (forgets and graphs == 1)
