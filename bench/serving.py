@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,9 @@ def throughput(arguments: argparse.Namespace) -> dict[str, object]:
         (1, arguments.rounds) if torch.cuda.is_available() else (arguments.rounds, 1)
     )  # there it starts slowly
     for _ in range(turns):
+        began = time.monotonic()
         alone = _offline(arguments, each)
+        print(f"the engine alone took {time.monotonic() - began:.0f} s with its start", flush=True)
         command = serve_command(arguments, arguments.streams)
         for engine, server in zip(
             alone, measure_server(command, load, processes=arguments.processes, rounds=each), strict=True
