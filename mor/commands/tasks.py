@@ -14,31 +14,25 @@ if TYPE_CHECKING:
 
 
 class EngineBackend:
-    """A `Backend` that asks the engine: for every token of a continuation, what would come next.
-
-    Requests that begin alike share their prefix, so a continuation of n tokens costs about as much as its row once.
-    """
+    """A `Backend` that lets the engine score its rows as prompts, and generate."""
 
     def __init__(self, engine: Engine, config: MorConfig, *, end_of_text: int, mean_depth: float | None = None) -> None:
         self._engine, self._depth, self._end = engine, mean_depth, end_of_text
-        self._vocabulary, self.max_length = config.vocab_size, config.max_position_embeddings
+        self.max_length = config.max_position_embeddings
 
     def loglikelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         from mor.engine import SamplingParams
         from mor.evaluate.backends import fit
 
         rows = [fit(pair, self.max_length) for pair in pairs]
-        asked = [(ids[:cut], ids[cut]) for ids, count in rows for cut in range(len(ids) - count, len(ids))]
-        params = SamplingParams(max_tokens=1, temperature=0, logprobs=self._vocabulary, mean_depth=self._depth)
-        outputs = iter(self._engine.generate([prompt for prompt, _ in asked], params))
-        wanted, answers = iter(token for _, token in asked), []
-        for _, count in rows:
-            total, greedy = 0.0, True
-            for _ in range(count):
-                (found,), token = next(outputs).tokens, next(wanted)
-                total += dict(found.top_logprobs).get(token, -float("inf"))
-                greedy = greedy and found.token == token
-            answers.append((total, greedy))
+        params = SamplingParams(max_tokens=0, prompt_logprobs=1, mean_depth=self._depth)
+        answers: list[tuple[float, bool]] = []
+        for (ids, count), output in zip(rows, self._engine.generate([ids for ids, _ in rows], params), strict=True):
+            if output.error is not None:
+                raise RuntimeError(f"a row of {len(ids)} tokens could not be scored: {output.error}")
+            scores = (output.prompt_scores or ())[-count:]
+            best = [score.top[0][0] for score in scores]
+            answers.append((sum(score.logprob for score in scores), best == ids[-count:]))
         return answers
 
     def write(self, prompt: Sequence[int], max_tokens: int) -> list[int]:

@@ -6,6 +6,7 @@ get the head and start the next; nobody waits for another's depth.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,11 +26,11 @@ from mor.engine.kv_store import KvStore, PageLayout
 from mor.engine.layers import Layers
 from mor.engine.native.few_rows import few_rows_for
 from mor.engine.options import EngineOptions
-from mor.engine.outputs import RequestOutput, TokenLog, Top
+from mor.engine.outputs import RequestOutput, TokenLog
 from mor.engine.params import SamplingParams
 from mor.engine.prefix_cache import PrefixCache
 from mor.engine.progress import GenerationBar, Statistics
-from mor.engine.request import FinishReason, Request
+from mor.engine.request import FinishReason, Request, TokenScore, Top
 from mor.engine.runner import Runner
 from mor.engine.sampler import Sampled, SamplingRow, sample
 from mor.engine.scheduler import Plan, Scheduler
@@ -248,13 +249,26 @@ class Engine:
             self._store.copy_pages([copy.source for copy in plan.copies], [copy.target for copy in plan.copies])
             results = self.runner.visit(plan.segments) if plan.segments else []
             done: list[tuple[_Live, int, Tensor]] = []
+            ended: list[_Live] = []
             for segment, result in zip(plan.segments, results, strict=True):
-                logits_V = self.runner.take_logits(segment)
+                live, logits_V = self._live[segment.request.id], self.runner.take_logits(segment)
                 self.scheduler.complete(segment, result)
-                if logits_V is not None:
-                    done.append((self._live[segment.request.id], result.depths[-1], logits_V))
+                if self._ends_unsampled(live, result.scores):
+                    ended.append(live)
+                elif logits_V is not None:
+                    done.append((live, result.depths[-1], logits_V))
             self.statistics.add(visits=1, rows=plan.num_tokens)
-            return self._sample(done)
+            return [*self._sample(done), *map(self._tell, ended)]
+
+    def _ends_unsampled(self, live: _Live, scores: Sequence[TokenScore]) -> bool:
+        """Whether a request ends without another token: its prompt was all there was to score, or cannot be scored."""
+        request = live.request
+        if not all(math.isfinite(score.logprob) for score in scores):
+            self._break(live, "the logits of the prompt hold NaN or infinity")
+        elif not request.params.generates and request.num_computed == request.num_known:
+            live.log.end(hide_last=False)
+            self.scheduler.finish(request, "length")
+        return request.state == "finished"
 
     def _sample(self, done: Sequence[tuple[_Live, int, Tensor]]) -> list[RequestOutput]:
         if not done:
@@ -371,5 +385,6 @@ def _output(live: _Live, start: int) -> RequestOutput:
         finish_reason=request.finish_reason,
         mean_depth=live.log.mean_depth,
         error=live.error,
+        prompt_scores=None if request.params.prompt_logprobs is None else request.scores,
         log=live.log,
     )

@@ -31,8 +31,3 @@ class Limits:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} must be at least 2: one token of prompt, one of output")
-
-    @property
-    def visit_bound(self) -> int:
-        """The most tokens a visit can have."""
-        return max(self.max_visit_tokens, self.max_requests - 1 + self.prefill_chunk)

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from mor.engine.detokenizer import Detokenizer, TextPiece
-from mor.engine.request import FinishReason
-
-Top = tuple[tuple[int, float], ...]
+from mor.engine.request import FinishReason, TokenScore, Top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +119,8 @@ class RequestOutput:
     `prompt_tokens`: length of the prompt. `cached_tokens`: how many of them came from the prefix cache. `token_ids`,
     `depths`, `tokens` and `text`: those since the last output when streaming, all when generating; the last two are
     made when they are read. `finish_reason`: None while running. `mean_depth`: the mean of all its tokens' depths so
-    far, None when there are none. `error`: why the request failed, None when it did not.
+    far, None when there are none. `error`: why the request failed, None when it did not. `prompt_scores`: how probable
+    the tokens of the prompt after the first were, all of them unless the request failed; None when not asked for.
     """
 
     id: str
@@ -133,6 +132,7 @@ class RequestOutput:
     finish_reason: FinishReason | None
     mean_depth: float | None
     error: str | None
+    prompt_scores: Sequence[TokenScore] | None = field(repr=False)
     log: TokenLog = field(repr=False)
 
     @property
@@ -144,6 +144,21 @@ class RequestOutput:
     def depths(self) -> Sequence[int]:
         """Depths of the tokens."""
         return self.log.depths[self.start : self.stop]
+
+    @property
+    def prompt_logprobs(self) -> list[float | None]:
+        """Log-probabilities of the prompt's tokens, if asked for; nothing comes before the first, so it has None."""
+        return [] if self.prompt_scores is None else [None, *(score.logprob for score in self.prompt_scores)]
+
+    @property
+    def prompt_tops(self) -> list[Top]:
+        """The most probable tokens in the place of each token of the prompt, if asked for; none for the first."""
+        return [] if self.prompt_scores is None else [(), *(score.top for score in self.prompt_scores)]
+
+    @property
+    def prompt_depths(self) -> list[int | None]:
+        """Depths of the positions that predicted the prompt's tokens, if these are scored; None for the first."""
+        return [] if self.prompt_scores is None else [None, *(score.depth for score in self.prompt_scores)]
 
     @property
     def has_logprobs(self) -> bool:

@@ -15,6 +15,7 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `stop`: strings that end the text (one string
     is accepted). `logprobs`: None for none, 0 for the chosen token's, k for the k most probable ones' too.
+    `prompt_logprobs`: the same of the prompt's tokens; `max_tokens` may then be 0.
     `mean_depth`: block applications per token to aim at, between 1 and the model's recursions; None is the model's
     default. `max_recursions`: no token takes more. `n`: samples per prompt; their seeds are `seed`, `seed + 1`, ...
     """
@@ -34,6 +35,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     mean_depth: float | None = None
     max_recursions: int | None = None
 
@@ -46,7 +48,9 @@ class SamplingParams:
         self._check_depth()
 
     def _check_lengths(self) -> None:
-        self._whole("max_tokens", 1)
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise ValueError("max_tokens=0 must be at least 1, or come with prompt_logprobs")
+        self._whole("max_tokens", 0)
         self._whole("min_tokens", 0)
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
@@ -64,6 +68,7 @@ class SamplingParams:
         self._number("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2 (0 is off)")
         self._whole("seed", 0, optional=True)
         self._whole("logprobs", 0, optional=True)
+        self._whole("prompt_logprobs", 0, optional=True)
 
     def _check_stops(self) -> None:
         if not _all_of(self.stop, str) or "" in self.stop:
@@ -91,6 +96,11 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens are to come; otherwise the prompt is scored, and that is all."""
+        return self.max_tokens > 0
 
     @property
     def budget(self) -> Budget:

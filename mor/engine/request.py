@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mor.engine.params import SamplingParams
 
 State = Literal["waiting", "running", "finished"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+Top = tuple[tuple[int, float], ...]
+"""The most probable tokens with the natural logarithms of their probabilities."""
+
+
+class TokenScore(NamedTuple):
+    """How probable a token of a prompt was after those before it.
+
+    `logprob`: natural logarithm of its probability. `top`: the most probable tokens in its place. `depth`: block
+    applications of the position that predicted it, which is that of the token before it.
+    """
+
+    logprob: float
+    top: Top
+    depth: int
 
 
 @dataclass(kw_only=True, eq=False)
@@ -22,7 +37,8 @@ class Request:
     block applications of each of these. `pages` and `lengths`: page ids and number of entries of each virtual sequence,
     those of the segment in flight included. `prefill`: tokens to compute before it decodes, as known when it was last
     admitted. `cached_tokens`: how many of them it found in the prefix cache when it was first admitted. `in_slot`:
-    whether it decodes by itself in a slot of the device, instead of visit by visit.
+    whether it decodes by itself in a slot of the device, instead of visit by visit. `scores`: of the prompt's tokens
+    after the first, if asked for, as far as they are known; they stay when the request starts again.
     """
 
     id: str
@@ -41,6 +57,7 @@ class Request:
     prefill: int = 0
     cached_tokens: int = 0
     num_preemptions: int = 0
+    scores: list[TokenScore] = field(default_factory=list[TokenScore])
 
     @property
     def tokens(self) -> list[int]:
@@ -59,6 +76,11 @@ class Request:
     def is_prefilling(self) -> bool:
         """Whether tokens that were known on admission are still to be computed."""
         return self.num_computed < self.prefill
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether scores are asked for that are not known yet: the tokens that predict them must be computed."""
+        return self.params.prompt_logprobs is not None and len(self.scores) < len(self.prompt) - 1
 
     @property
     def is_decoding_alone(self) -> bool:
@@ -103,7 +125,15 @@ class Segment:
     @property
     def needs_head(self) -> bool:
         """Whether its last token is the last one known, so that the next one is to be sampled."""
-        return self.start + self.count == self.request.num_known
+        return self.start + self.count == self.request.num_known and self.request.params.generates
+
+    @property
+    def scoring(self) -> range:
+        """Those of its tokens, by their numbers in the request, that predict tokens of the prompt to be scored."""
+        if not self.request.is_scoring:
+            return range(0)
+        first, last = len(self.request.scores), len(self.request.prompt) - 1
+        return range(max(self.start, first), min(self.start + self.count, last))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +141,11 @@ class SegmentResult:
     """What one visit did to a segment.
 
     `added`: entries appended to each virtual sequence. `active`: tokens that take the next recursion; 0 when the
-    segment is done, and then `depths` holds the block applications of each of its tokens.
+    segment is done, and then `depths` holds the block applications of each of its tokens, and `scores` what those that
+    are `scoring` predict.
     """
 
     added: tuple[int, ...]
     active: int
     depths: tuple[int, ...] = ()
+    scores: tuple[TokenScore, ...] = ()

@@ -9,7 +9,7 @@ Legend: N rows of a cohort, M rows of a visit, D hidden size, H query heads, G k
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from mor.engine.kv_store import KvStore, PageLayout
 from mor.engine.layers import Layers, Pages
 from mor.engine.native.few_rows import Seen
 from mor.engine.paged_attention import Integers, PagedScope, Span
-from mor.engine.request import Segment, SegmentResult
+from mor.engine.prompt_scores import score_rows
+from mor.engine.request import Segment, SegmentResult, TokenScore
 from mor.model.modeling_mor import MorForCausalLM
 from mor.model.routing import Choice, Route, RoutingInput, Visit
 from mor.model.token_set import TokenSet
@@ -119,7 +120,9 @@ class Runner:
                 results[id(segment)] = SegmentResult(
                     added=tuple(added.get(id(segment), ())), active=left, depths=() if left else tuple(depth[rows])
                 )
-        self._leave({id(segment) for segment in segments if not results[id(segment)].active})
+        ended = [id(segment) for segment in segments if not results[id(segment)].active]
+        for key, scores in self._leave({key: results[key].depths for key in ended}).items():
+            results[key] = replace(results[key], scores=scores)
         return [results[id(segment)] for segment in segments]
 
     def take_logits(self, segment: Segment) -> Tensor | None:
@@ -248,17 +251,19 @@ class Runner:
         cohort.recursion += taken
         self._choose(cohort)
 
-    def _leave(self, finished: set[int]) -> None:
-        """Last layers and norm of finished segments, and logits where a request's last known token is among them."""
-        works, streams = [], []
+    def _leave(self, finished: dict[int, tuple[int, ...]]) -> dict[int, tuple[TokenScore, ...]]:
+        """Last layers and norm of finished segments, whose tokens have these depths, and logits where a request's last
+        known token is among them. Returns what was to be scored."""
+        works, streams, depths = list[_Work](), list[Tensor](), list[int]()
         for cohort in self._cohorts:
             for segment, rows in cohort.slices():
                 if id(segment) in finished:
                     numbers = np.arange(segment.start, segment.start + segment.count)
                     works.append(_Work(segment=segment, numbers=numbers, recursion=None))
                     streams.append(cohort.stream_ND[rows])
+                    depths += finished[id(segment)]
         if not works:
-            return
+            return {}
         x_ND = torch.cat(streams)
         if self._plan.num_outer:
             x_ND = self._outer_layers(self._model.last_layers, x_ND, works, first=self._plan.num_outer)
@@ -269,9 +274,12 @@ class Runner:
             if work.segment.needs_head:
                 last.append((id(work.segment), row))
         if last:
-            x_ND = x_ND[[row for _, row in last]]
-            logits_NV = self._layers.logits(self._model.norm, self._lm_head, x_ND).float()
+            logits_NV = self._head(x_ND[[row for _, row in last]])
             self._logits |= {key: logits_V for (key, _), logits_V in zip(last, logits_NV, strict=True)}
+        return score_rows([work.segment for work in works], depths, x_ND, self._head)
+
+    def _head(self, x_ND: Tensor) -> Tensor:
+        return self._layers.logits(self._model.norm, self._lm_head, x_ND).float()
 
     def _outer_layers(self, layers: nn.ModuleList, x_ND: Tensor, works: list[_Work], *, first: int) -> Tensor:
         batch = self._batch(works, x_ND, is_new=first == 0)  # last layers write where the first layers did

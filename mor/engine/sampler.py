@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mor.engine.params import SamplingParams
+from mor.engine.request import Top
 
 FEW = 1024
 """So many of the most probable tokens nearly always hold the mass that top-p asks for, and need no sort to be found."""
@@ -55,7 +56,7 @@ class Sampled:
 
     token: int
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    top: Top = ()
     error: str | None = None
 
 
@@ -75,11 +76,30 @@ def sample(logits_NV: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
         token_N[_ids(edited, logits_NV)] = tokens
         for n, peak in zip(edited, peaks):
             errors[n] = _problem(peak, after=" after penalties and bans")
-    logprobs, tops = _logprobs(logits_NV, token_N, rows)
+    found: list[tuple[float | None, Top]] = [(None, ())] * len(rows)
+    wanted = {n: row.params.logprobs for n, row in enumerate(rows) if row.params.logprobs is not None}
+    if wanted:
+        index = _ids(list(wanted), logits_NV)
+        for n, about in zip(wanted, log_probabilities(logits_NV[index], token_N[index], list(wanted.values()))):
+            found[n] = about
     return [
         Sampled(token=token, logprob=logprob, top=top) if error is None else Sampled(token=-1, error=error)
-        for token, logprob, top, error in zip(token_N.tolist(), logprobs, tops, errors)
+        for token, (logprob, top), error in zip(token_N.tolist(), found, errors)
     ]
+
+
+def log_probabilities(logits_MV: Tensor, token_M: Tensor, num_tops: Sequence[int]) -> list[tuple[float, Top]]:
+    """The log-probability of a token of each row, and as many of the row's most probable ones as `num_tops` says, the
+    lower id first where they are equal; those of probability 0 are left out."""
+    logprob_MV = logits_MV.log_softmax(-1)
+    chosen: list[float] = logprob_MV.gather(1, token_M[:, None]).squeeze(-1).tolist()
+    most = min(max(num_tops), logits_MV.shape[1])
+    if not most:
+        return [(logprob, ()) for logprob in chosen]
+    token_MK = _falling(logits_MV, most)
+    leading = zip(token_MK.tolist(), logprob_MV.gather(1, token_MK).tolist())
+    tops = [tuple((token, logprob) for token, logprob in zip(*best) if logprob > -math.inf) for best in leading]
+    return [(logprob, top[:k]) for logprob, top, k in zip(chosen, tops, num_tops)]
 
 
 def _problem(peak: float, after: str = "") -> str | None:
@@ -225,27 +245,6 @@ def _mix(value_N: Tensor) -> Tensor:
 def _shifted(value_N: Tensor, shift: int) -> Tensor:
     """Bits moved to the right, zeros moved in."""
     return (value_N >> shift) & ((1 << (64 - shift)) - 1)
-
-
-def _logprobs(
-    logits_NV: Tensor, token_N: Tensor, rows: Sequence[SamplingRow]
-) -> tuple[list[float | None], list[tuple[tuple[int, float], ...]]]:
-    """The chosen token's log-probability and the most probable tokens with theirs, for each row that asks."""
-    chosen: list[float | None] = [None] * len(rows)
-    tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
-    wanted = {n: row.params.logprobs for n, row in enumerate(rows) if row.params.logprobs is not None}
-    if not wanted:
-        return chosen, tops
-    index = _ids(list(wanted), logits_NV)
-    logprob_MV = logits_NV[index].log_softmax(-1)
-    for n, logprob in zip(wanted, logprob_MV.gather(1, token_N[index, None]).squeeze(-1).tolist()):
-        chosen[n] = logprob
-    most = min(max(wanted.values()), logits_NV.shape[1])
-    if most:
-        token_MK = _falling(logits_NV[index], most)
-        for (n, k), *best in zip(wanted.items(), token_MK.tolist(), logprob_MV.gather(1, token_MK).tolist()):
-            tops[n] = tuple((token, logprob) for token, logprob in zip(*best) if logprob > -math.inf)[:k]
-    return chosen, tops
 
 
 def _falling(logits_MV: Tensor, k: int) -> Tensor:

@@ -94,12 +94,13 @@ class Scheduler:
         assert request.state == "waiting" and not request.output
         if not size:
             raise ValueError(f"{name} has an empty prompt; at least one token is needed")
-        if size > self.limits.max_length - 1:
+        generates = request.params.generates
+        if size > self.limits.max_length - generates:
             raise ValueError(
                 f"{name} has a prompt of {size} tokens; max_length={self.limits.max_length} leaves room for at most "
-                f"{self.limits.max_length - 1} and one of output"
+                f"{self.limits.max_length - generates}{' and one of output' * generates}"
             )
-        computed = size + self.most_output(request) - 1  # the last output is sampled and never computed
+        computed = size + self.most_output(request) - generates  # the last output is sampled and never computed
         needed = self.shape.worst_pages(computed)
         if needed > self._pool.num_pages:
             fit = self.shape.most_tokens(self._pool.num_pages) + 1 - size
@@ -156,7 +157,7 @@ class Scheduler:
             self._give_back(request, sequence)
         segment.recursion, segment.active = segment.recursion + 1, result.active
         if not segment.active:
-            self._end(segment, result.depths)
+            self._end(segment, result)
         assert not segment.active or segment.recursion < len(self.shape.growing), "a token took too many recursions"
         return True
 
@@ -168,10 +169,11 @@ class Scheduler:
         while len(pages) > used:
             self._pool.release(pages.pop())
 
-    def _end(self, segment: Segment, depths: Sequence[int]) -> None:
+    def _end(self, segment: Segment, result: SegmentResult) -> None:
         request = segment.request
-        assert len(depths) == segment.count
-        request.depths += depths
+        assert len(result.depths) == segment.count and len(result.scores) == len(segment.scoring)
+        request.depths += result.depths
+        request.scores += result.scores
         request.num_computed += segment.count
         request.segment = None
         if self._prefix_cache is not None and request.num_computed == request.prefill:
@@ -333,7 +335,7 @@ class Scheduler:
             outstanding += self._outstanding(request)
 
     def _find_prefix(self, request: Request) -> PrefixNode | None:
-        if self._prefix_cache is None:
+        if self._prefix_cache is None or request.is_scoring:
             return None
         return self._prefix_cache.lookup(request.tokens, request.params.budget)
 

@@ -24,9 +24,9 @@ CHANGING_ROTARY = ("dynamic", "longrope")
 
 def fits_slot(params: SamplingParams) -> bool:
     """Whether the device can choose a request's tokens: what reads the tokens before them, or more than the chosen
-    one's log-probability, is left to the host."""
+    one's log-probability, is left to the host; and who wants none has nothing to do there."""
     plain = params.repetition_penalty == 1 and not params.presence_penalty and not params.frequency_penalty
-    return plain and not params.min_tokens and not params.logprobs
+    return plain and not params.min_tokens and not params.logprobs and params.generates
 
 
 def routing_of(model: MorForCausalLM, budgets: Budgets) -> SlotRouting:

@@ -26,10 +26,7 @@ from mor.serve.messages import (
     Progress,
     Ready,
     Refused,
-    Score,
-    Scored,
     Submit,
-    TokenScore,
     Unable,
 )
 from mor.serve.process import EngineProcess
@@ -104,7 +101,6 @@ class AsyncEngine:
         self._numbers = itertools.count()
         self._submissions: dict[str, _Submission] = {}
         self._samples: dict[str, _Sample] = {}
-        self._scores: dict[str, asyncio.Future[tuple[TokenScore, ...]]] = {}
         self._streams: dict[Stream, list[str]] = {}
         self._num_open = 0
         self._last_heard = 0.0
@@ -148,9 +144,9 @@ class AsyncEngine:
     async def until_idle(self, seconds: float) -> bool:
         """Wait for the last open request to end, at most so long. Whether it did."""
         end = time.monotonic() + seconds
-        while (self._streams or self._scores) and time.monotonic() < end:
+        while self._streams and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        return not self._streams and not self._scores
+        return not self._streams
 
     async def stop(self) -> None:
         """End the process; what is open fails."""
@@ -182,19 +178,6 @@ class AsyncEngine:
             self._send(Submit(id=name, prompt=tuple(prompt), params=params))
         return stream
 
-    async def score(self, prompt: Sequence[int], *, num_top: int, mean_depth: float | None) -> tuple[TokenScore, ...]:
-        """How probable each token of `prompt` is. Raises ApiError when the engine will not say."""
-        self._admit(1)
-        name = f"s{next(self._numbers)}"
-        answer = self._scores[name] = asyncio.get_running_loop().create_future()
-        self._num_open += 1
-        self._send(Score(id=name, prompt=tuple(prompt), num_top=num_top, mean_depth=mean_depth))
-        try:
-            return await answer
-        finally:
-            self._scores.pop(name, None)
-            self._num_open -= 1
-
     def _admit(self, count: int) -> None:
         if self.state != "ready":
             raise unavailable(self.state)
@@ -202,7 +185,7 @@ class AsyncEngine:
             raise invalid(f"n: {count} samples are more than the {self._max_open} that may run or wait", "n")
         if self._num_open + count > self._max_open:
             raise overloaded(self._max_open)
-        if not self._submissions and not self._scores:
+        if not self._submissions:
             self._last_heard = time.monotonic()  # it was silent because it had nothing to do
 
     def _close(self, stream: Stream) -> None:
@@ -215,7 +198,7 @@ class AsyncEngine:
             if submission.left:
                 self._send(Abort(id=name))
 
-    def _send(self, message: Submit | Score | Abort) -> None:
+    def _send(self, message: Submit | Abort) -> None:
         if self._process is not None:
             self._process.send(message)
 
@@ -236,10 +219,6 @@ class AsyncEngine:
                 self._accept(message)
             case Refused():
                 self._refuse(message)
-            case Scored():
-                answer = self._scores.get(message.id)
-                if answer is not None and not answer.done():
-                    answer.set_result(message.tokens)
             case Progress():
                 self._progress(message)
 
@@ -256,12 +235,8 @@ class AsyncEngine:
 
     def _refuse(self, message: Refused) -> None:
         text = _without_name(message.reason)
-        error = invalid(text, named_field(text))
         if message.id in self._submissions:
-            self._submissions[message.id].stream.fail(error)
-        answer = self._scores.get(message.id)
-        if answer is not None and not answer.done():
-            answer.set_exception(error)
+            self._submissions[message.id].stream.fail(invalid(text, named_field(text)))
 
     def _progress(self, message: Progress) -> None:
         self.load = message.load
@@ -313,16 +288,13 @@ class AsyncEngine:
     def _fail_all(self, error: ApiError) -> None:
         for stream in tuple(self._streams):
             stream.fail(error)
-        for answer in self._scores.values():
-            if not answer.done():
-                answer.set_exception(error)
 
     async def _watch(self) -> None:
         """Give up an engine that has work and is silent."""
         while True:
             await asyncio.sleep(min(1.0, self._stall_seconds / 4))
             silent = time.monotonic() - self._last_heard
-            if self._process is not None and (self._submissions or self._scores) and silent > self._stall_seconds:
+            if self._process is not None and self._submissions and silent > self._stall_seconds:
                 logger.error("the engine has been silent for %.0f s; it is ended", silent)
                 self._process.kill()
 

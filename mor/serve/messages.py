@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mor.engine.params import SamplingParams
-from mor.engine.request import FinishReason
+from mor.engine.request import FinishReason, TokenScore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,18 +16,6 @@ class Submit:
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """Say how probable each token of `prompt` is after those before it, and the `num_top` most probable ones in its
-    place. Answered by `Scored` or `Refused`.
-    """
-
-    id: str
-    prompt: tuple[int, ...]
-    num_top: int
-    mean_depth: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +30,7 @@ class Stop:
     """End the process."""
 
 
-ToEngine = Submit | Score | Abort | Stop
+ToEngine = Submit | Abort | Stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +80,6 @@ class Refused:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenScore:
-    """A token of a prompt: its logarithmic probability (None for the first), the most probable ones, and its depth."""
-
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
-    depth: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """The answer to `Score`."""
-
-    id: str
-    tokens: tuple[TokenScore, ...]
-
-
 class Token(NamedTuple):
     """A generated token as log-probabilities tell of it, otherwise as `mor.engine.outputs.TokenOutput` describes it."""
 
@@ -122,7 +93,8 @@ class Token(NamedTuple):
 class News(NamedTuple):
     """What is new of the sample `id`: text, and the depth of each new token. (Tuples of plain values travel fastest.)
 
-    `tokens`: as many, where log-probabilities are asked for, else none. `error`: why it failed, for the log.
+    `tokens`: as many, where log-probabilities are asked for, else none. `error`: why it failed, for the log. `scores`:
+    of the prompt's tokens after the first, with the first news, if they are asked for.
     """
 
     id: str
@@ -133,6 +105,7 @@ class News(NamedTuple):
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None
     error: str | None
+    scores: tuple[TokenScore, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -160,4 +133,4 @@ class Progress:
     load: Load
 
 
-FromEngine = Ready | Unable | Accepted | Refused | Scored | Progress
+FromEngine = Ready | Unable | Accepted | Refused | Progress

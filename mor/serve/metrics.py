@@ -105,6 +105,9 @@ class Metrics:
 
     def heard(self, news: News, *, since_open: float, since_last: float | None) -> None:
         """A sample's news. Seconds since its request was made, and since its last news."""
+        if since_last is None and news.error is None:
+            self.prompt_tokens.inc(news.prompt_tokens)
+            self.cached_tokens.inc(news.cached_tokens)
         if news.depths:
             self._new_tokens += len(news.depths)
             if self._depths is not None:
@@ -112,8 +115,6 @@ class Metrics:
                     self._depths.add(depth, news.depths.count(depth))
             if since_last is None:
                 self.first_token.add(since_open)
-                self.prompt_tokens.inc(news.prompt_tokens)
-                self.cached_tokens.inc(news.cached_tokens)
             else:
                 self.between_tokens.add(since_last / len(news.depths), len(news.depths))
         if news.finished:

@@ -121,6 +121,11 @@ class Generation(Strict):
         """Most probable tokens to name beside each, None for no log-probabilities."""
         raise NotImplementedError
 
+    @property
+    def num_prompt_top(self) -> int | None:
+        """The same beside each token of the prompt."""
+        return None
+
     def params(self, max_tokens: int) -> SamplingParams:
         """As the engine takes them. Raises ApiError naming the field."""
         given = {
@@ -138,6 +143,7 @@ class Generation(Strict):
             return SamplingParams(
                 max_tokens=max_tokens,
                 logprobs=self.num_top,
+                prompt_logprobs=self.num_prompt_top,
                 stop=stop,
                 stop_token_ids=tuple(self.stop_token_ids or ()),
                 **given,
@@ -160,6 +166,10 @@ class CompletionRequest(Generation):
         return self.logprobs
 
     @property
+    def num_prompt_top(self) -> int | None:
+        return self.logprobs if self.echo else None
+
+    @property
     def prompts(self) -> list[str | list[int]]:
         """All prompts, texts or token ids; none given means the beginning of a text."""
         if self.prompt is None or isinstance(self.prompt, str):
@@ -178,8 +188,6 @@ class CompletionRequest(Generation):
             raise invalid("max_tokens=0 generates nothing; only with echo does it make sense", "max_tokens")
         if self.echo and self.stream:
             raise unsupported("echo", "with stream, the client has the prompt already")
-        if self.echo and self.logprobs is not None and self.max_recursions is not None:
-            raise unsupported("max_recursions", "log-probabilities of a prompt follow mean_depth alone")
 
 
 class TextPart(Strict):

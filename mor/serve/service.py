@@ -11,7 +11,7 @@ from starlette.responses import Response
 from mor.serve.async_engine import AsyncEngine
 from mor.serve.chat import TextCoder
 from mor.serve.errors import ApiError, invalid, unavailable
-from mor.serve.messages import ModelFacts, TokenScore
+from mor.serve.messages import ModelFacts
 from mor.serve.metrics import Metrics
 from mor.serve.middleware import JsonResponse
 from mor.serve.options import ServeOptions
@@ -67,14 +67,14 @@ class Service:
         self._check(body, len(body.prompts))
         prompts = [await self.coder.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
         max_tokens = self._max_tokens(body, prompts, default=COMPLETION_TOKENS)
-        echoes = await self._echoes(body, prompts) if body.echo else ()
+        echoes = await self._echoes(prompts) if body.echo else ()
         shape = CompletionShape(
             self.coder.vocabulary,
             with_logprobs=body.logprobs is not None,
             samples_per_prompt=body.n or 1,
             echoes=echoes,
         )
-        if not max_tokens:
+        if not max_tokens and body.logprobs is None:
             return JsonResponse(self._writer(body, shape, prompts).whole([]))
         return await self._answer(body, request, shape, prompts, max_tokens)
 
@@ -97,10 +97,11 @@ class Service:
         """Tokens that each sample may have. Raises ApiError for a prompt too long, or a number above the limit."""
         longest, facts = max(map(len, prompts)), self.facts
         room = facts.max_length - longest
-        if room < 1:
-            message = f"the prompt has {longest} tokens; at most {facts.max_length - 1} leave room for one of output"
-            raise ApiError(400, message, param=_source(body), code="context_length_exceeded")
         limit, asked = self.options.max_tokens, body.asked_tokens
+        most = facts.max_length - (asked != 0)
+        if longest > most:
+            message = f"the prompt has {longest} tokens; at most {most} fit{' beside one of output' * (asked != 0)}"
+            raise ApiError(400, message, param=_source(body), code="context_length_exceeded")
         field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         if asked is None:
             return min(number for number in (default, limit, room) if number is not None)
@@ -111,15 +112,12 @@ class Service:
             raise ApiError(400, f"{message}{facts.max_length}", param=field, code="context_length_exceeded")
         return asked
 
-    async def _echoes(self, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> list[Echo]:
-        """The prompts as their completions repeat them, with their log-probabilities if these are asked for."""
+    async def _echoes(self, prompts: Sequence[Sequence[int]]) -> list[Echo]:
+        """The prompts as their completions repeat them."""
         echoes: list[Echo] = []
         for tokens in prompts:
-            scores: tuple[TokenScore, ...] | None = None
-            if body.logprobs is not None:
-                scores = await self.engine.score(tokens, num_top=body.logprobs, mean_depth=body.mean_depth)
             text, offsets = await self.coder.pieces(tokens)
-            echoes.append(Echo(text=text, tokens=tuple(tokens), offsets=tuple(offsets), scores=scores))
+            echoes.append(Echo(text=text, tokens=tuple(tokens), offsets=tuple(offsets)))
         return echoes
 
     async def _answer(

@@ -21,9 +21,9 @@ class Piece:
 class Stream:
     """News of all choices of a request: `feed` and `fail` on the engine's side, `accepted` and `next` on the reader's.
 
-    It holds at most `max_unread` tokens for each choice, alternatives counted as tokens. A client that leaves more than
-    that unread is too slow and loses its request, so that it costs neither memory nor the others' time. `closed` is
-    called once, when nothing more is wanted.
+    It holds at most `max_unread` tokens for each choice, alternatives counted as tokens and a prompt's scores not. A
+    client that leaves more than that unread is too slow and loses its request, so that it costs neither memory nor the
+    others' time. `closed` is called once, when nothing more is wanted.
     """
 
     def __init__(self, num_choices: int, *, max_unread: int, closed: Callable[[Stream], None]) -> None:

@@ -22,8 +22,6 @@ from mor.serve.messages import (
     Progress,
     Ready,
     Refused,
-    Score,
-    Scored,
     Stop,
     Submit,
     ToEngine,
@@ -148,8 +146,6 @@ class Worker:
             match message:
                 case Submit():
                     self._submit(message)
-                case Score():
-                    self._score(message)
                 case Abort():
                     self._abort(message.id)
                 case Stop():
@@ -165,16 +161,6 @@ class Worker:
         self._samples[message.id] = set(samples)
         self._ids |= dict.fromkeys(samples, message.id)
         self._say(Accepted(id=message.id, samples=samples))
-
-    def _score(self, message: Score) -> None:
-        from mor.serve.scoring import score_prompt
-
-        try:
-            tokens = score_prompt(self._engine.model, message.prompt, message.num_top, message.mean_depth)
-        except (ValueError, RuntimeError) as error:
-            self._say(Refused(id=message.id, reason=str(error)))
-            return
-        self._say(Scored(id=message.id, tokens=tokens))
 
     def _abort(self, name: str) -> None:
         for sample in self._samples.pop(name, ()):
@@ -193,7 +179,7 @@ class Worker:
                 raise
             return
         for sample in news:
-            if sample.depths:
+            if sample.error is None:
                 self._failures = 0
             if sample.finished:
                 self._forget(sample.id)
@@ -232,6 +218,7 @@ def _news(output: RequestOutput) -> News:
         tokens=tuple(map(_token, output.tokens)) if output.has_logprobs else (),
         finish_reason=output.finish_reason,
         error=output.error,
+        scores=tuple(output.prompt_scores or ()) if output.start == 0 else (),
     )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mor.serve.messages import News, Token, TokenScore
+from mor.engine.request import TokenScore
+from mor.serve.messages import News, Token
 from mor.serve.stream import Piece
 from mor.serve.vocabulary import Vocabulary
 
@@ -21,18 +22,20 @@ encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 @dataclass(kw_only=True)
 class Part:
-    """Text and tokens of a choice: all of them, or what is new."""
+    """Text and tokens of a choice: all of them, or what is new. `scores`: of its prompt's tokens after the first."""
 
     text: str = ""
     depths: list[int] = field(default_factory=list[int])
     tokens: list[Token] = field(default_factory=list[Token])
     finish_reason: str | None = None
+    scores: list[TokenScore] = field(default_factory=list[TokenScore])
 
     def add(self, news: News) -> None:
         self.text += news.text
         self.depths += news.depths
         self.tokens += news.tokens
         self.finish_reason = news.finish_reason
+        self.scores += news.scores
 
 
 class Tally:
@@ -138,12 +141,11 @@ class Writer:
 
 @dataclass(frozen=True, kw_only=True)
 class Echo:
-    """A prompt to be repeated before its completion; `scores` when log-probabilities are asked for."""
+    """A prompt to be repeated before its completion."""
 
     text: str
     tokens: tuple[int, ...]
     offsets: tuple[int, ...]
-    scores: tuple[TokenScore, ...] | None
 
 
 class CompletionShape:
@@ -172,7 +174,7 @@ class CompletionShape:
     def choice(self, index: int, part: Part) -> Json:
         choice = self.chunk_choice(index, part)
         if self._echoes:
-            self._put_before(choice, self._echoes[index // self._samples_per_prompt])
+            self._put_before(choice, self._echoes[index // self._samples_per_prompt], part.scores)
         return choice
 
     def _logprobs(self, tokens: Sequence[Token]) -> Json:
@@ -184,27 +186,26 @@ class CompletionShape:
             "text_offset": [token.offset for token in tokens],
         }
 
-    def _top(self, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> dict[str, float] | None:
-        """The most probable tokens, and the one that stands there; None at the beginning of a text."""
-        if logprob is None:
-            return None
+    def _top(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """The most probable tokens, and the one that stands there."""
         name = self._vocabulary.text
         return {name(other): value for other, value in top} | {name(token): logprob}
 
-    def _put_before(self, choice: Json, echo: Echo) -> None:
+    def _put_before(self, choice: Json, echo: Echo, scores: Sequence[TokenScore]) -> None:
         """Lay the prompt before its completion."""
         choice["text"] = echo.text + choice["text"]
         choice["finish_reason"] = choice["finish_reason"] or "length"
-        if echo.scores is None:
+        if not self._with_logprobs:
             choice["depths"] = [None] * len(echo.tokens) + choice["depths"]
             return
         name, after, size = self._vocabulary.text, choice["logprobs"], len(echo.text)
-        choice["depths"] = [None, *(score.depth for score in echo.scores[:-1]), *choice["depths"]]
+        choice["depths"] = [None, *(score.depth for score in scores), *choice["depths"]]
         choice["logprobs"] = {
             "tokens": [*map(name, echo.tokens), *after["tokens"]],
-            "token_logprobs": [*(score.logprob for score in echo.scores), *after["token_logprobs"]],
+            "token_logprobs": [None, *(score.logprob for score in scores), *after["token_logprobs"]],
             "top_logprobs": [
-                *(self._top(token, score.logprob, score.top) for token, score in zip(echo.tokens, echo.scores)),
+                None,
+                *(self._top(t, score.logprob, score.top) for t, score in zip(echo.tokens[1:], scores, strict=True)),
                 *after["top_logprobs"],
             ],
             "text_offset": [*echo.offsets, *(size + offset for offset in after["text_offset"])],

@@ -22,6 +22,7 @@ class Arrival:
     max_tokens: int
     max_recursions: int | None = None
     ignore_eos: bool = False
+    prompt_logprobs: int | None = None
     abort_at: int | None = None
 
     def request(self, name: str) -> Request:
@@ -31,6 +32,7 @@ class Arrival:
             max_tokens=self.max_tokens,
             max_recursions=self.max_recursions,
             ignore_eos=self.ignore_eos,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -46,7 +48,9 @@ class Scenario:
 
     def simulation(self) -> Simulation:
         needed = max(
-            self.model.shape.worst_pages(len(a.prompt) + min(a.max_tokens, self.limits.max_length - len(a.prompt)) - 1)
+            self.model.shape.worst_pages(
+                len(a.prompt) + max(1, min(a.max_tokens, self.limits.max_length - len(a.prompt))) - 1
+            )
             for a in self.arrivals
         )
         return Simulation(
@@ -112,13 +116,13 @@ def scenarios(draw: st.DrawFn, *, most_requests: int = 14) -> Scenario:
     prompts = [tuple(draw(st.lists(st.integers(0, 6), min_size=1, max_size=limits.max_length - 1))) for _ in range(3)]
     lengths = st.integers(1, limits.max_length - 1)
     arrival = st.builds(
-        Arrival,
+        lambda asked, **settings: Arrival(max_tokens=asked[0], prompt_logprobs=asked[1], **settings),
+        st.one_of(st.tuples(st.integers(1, 20), st.sampled_from([None, 0])), st.just((0, 0))),
         at=st.integers(0, 40),
         prompt=st.one_of(
             st.builds(lambda p, n: p[:n], st.sampled_from(prompts), lengths),
             st.builds(lambda p, n: (*p[:n], 6)[: limits.max_length - 1], st.sampled_from(prompts), lengths),
         ),
-        max_tokens=st.integers(1, 20),
         max_recursions=st.sampled_from([None, None, 1, 2]),
         ignore_eos=st.booleans(),
         abort_at=st.one_of(st.none(), st.none(), st.integers(0, 60)),
@@ -147,6 +151,7 @@ def crowd(seed: int, *, num_requests: int, shape: CacheShape, granularity: int |
             max_tokens=draw.randrange(1, 29),
             max_recursions=draw.choice([None, None, 2]),
             ignore_eos=draw.random() < 0.7,
+            prompt_logprobs=draw.choice([None, None, None, 0]),
             abort_at=at + draw.randrange(60) if draw.random() < 0.15 else None,
         )
 

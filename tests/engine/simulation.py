@@ -17,7 +17,7 @@ from mor.engine.cache_shape import CacheShape
 from mor.engine.limits import Limits
 from mor.engine.params import Budget, SamplingParams
 from mor.engine.prefix_cache import PrefixCache
-from mor.engine.request import Request, Segment, SegmentResult
+from mor.engine.request import Request, Segment, SegmentResult, TokenScore
 from mor.engine.scheduler import Plan, Scheduler
 
 VOCABULARY = 7
@@ -64,6 +64,13 @@ class SimulatedModel:
         codes = prefix_codes(tokens, budget)
         holds_all = self.shape.holds_all[sequence]
         return [code for code in codes if holds_all or self.depth(code, budget) > sequence]
+
+    def scores(self, request: Request) -> list[TokenScore]:
+        """Of a prompt's tokens after the first, if asked for."""
+        if request.params.prompt_logprobs is None:
+            return []
+        codes, budget = prefix_codes(request.prompt, request.params.budget), request.params.budget
+        return [TokenScore(-float(code), (), self.depth(code, budget)) for code in codes[:-1]]
 
     def solo_output(self, request: Request, limits: Limits) -> tuple[list[int], str]:
         """The output and its reason to end, if nothing else existed."""
@@ -113,7 +120,11 @@ class SimulatedRunner:
             added[sequence] = len(entries) - have
             assert self.read(sequence, request.pages[sequence], len(entries)) == entries
         active = 0 if shape.one_visit else sum(depth > taken for depth in depths)
-        return SegmentResult(added=tuple(added), active=active, depths=() if active else tuple(depths))
+        if active:
+            return SegmentResult(added=tuple(added), active=active)
+        scores = self.model.scores(request)
+        told = tuple(scores[number] for number in segment.scoring)
+        return SegmentResult(added=tuple(added), active=0, depths=tuple(depths), scores=told)
 
     def _write(self, sequence: int, request: Request, entries: Sequence[int], writers: dict[int, Request]) -> None:
         size = self.model.shape.tokens_per_page[sequence]
@@ -166,6 +177,8 @@ class Simulation:
             assert self.scheduler.complete(segment, result)
             if not segment.active and segment.needs_head:
                 self._sample(segment.request)
+            elif not segment.request.params.generates and segment.request.num_computed == len(segment.request.prompt):
+                self.scheduler.finish(segment.request, "length")
         self._harvest()
         return plan
 
@@ -185,7 +198,8 @@ class Simulation:
 
     def _check_plan(self, plan: Plan) -> None:
         tokens = sum(segment.active for segment in plan.segments)
-        assert tokens == plan.num_tokens <= self.limits.visit_bound
+        most = max(self.limits.max_visit_tokens, self.limits.max_requests - 1 + self.limits.prefill_chunk)
+        assert tokens == plan.num_tokens <= most
         chunks = [s for s in plan.segments if s.start < s.request.prefill]
         assert tokens <= self.limits.max_visit_tokens or len(chunks) == 1
         assert len({segment.request.id for segment in plan.segments}) == len(plan.segments)
@@ -229,6 +243,10 @@ class Simulation:
         if request.state == "waiting":
             assert not request.num_pages and not request.num_computed and request.segment is None
         assert request.depths == self.model.depths(request.tokens, budget)[: request.num_computed]
+        assert request.scores == self.model.scores(request)[: len(request.scores)]
+        assert request.params.prompt_logprobs is None or len(request.scores) >= min(
+            request.num_computed, len(request.prompt) - 1
+        )
         for sequence, (length, pages) in enumerate(zip(request.lengths, request.pages, strict=True)):
             assert len(pages) == shape.pages(sequence, length), "a request keeps pages it does not use"
             stop = request.num_computed if request.segment is None else request.num_known

@@ -35,6 +35,8 @@ from mor.engine.params import SamplingParams
         ("stop_token_ids", (-1,), "0 or more"),
         ("stop_token_ids", ("a",), "token ids"),
         ("logprobs", -1, "at least 0, or None"),
+        ("prompt_logprobs", -1, "at least 0, or None"),
+        ("prompt_logprobs", True, "at least 0, or None"),
         ("mean_depth", 0.5, "between 1"),
         ("mean_depth", float("nan"), "between 1"),
         ("max_recursions", 0, "at least 1, or None"),
@@ -55,7 +57,11 @@ def test_several_samples_of_a_greedy_request_are_refused() -> None:
 def test_the_edges_of_every_range_are_accepted() -> None:
     low = dict(max_tokens=1, min_tokens=0, temperature=0.0, top_k=0, top_p=1e-9, min_p=0.0, repetition_penalty=1e-9)
     high = dict(presence_penalty=-2, frequency_penalty=2, seed=0, logprobs=0, mean_depth=1, max_recursions=1)
-    for edges in (low | high, dict(max_tokens=5, min_tokens=5, top_p=1.0, min_p=1.0)):
+    for edges in (
+        low | high,
+        dict(max_tokens=0, prompt_logprobs=0),
+        dict(max_tokens=5, min_tokens=5, top_p=1.0, min_p=1.0),
+    ):
         params = SamplingParams(**edges)
         assert {name: getattr(params, name) for name in edges} == edges
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -75,9 +77,8 @@ def test_a_hit_has_the_lengths_and_pages_of_computing_it(
 def test_outputs_do_not_depend_on_the_cache(scenario: Scenario, granularity: int) -> None:
     def outputs(size: int | None) -> dict[str, list[int]]:
         fields = {name: getattr(scenario, name) for name in ("model", "limits", "spare_pages")}
-        arrivals = tuple(
-            type(a)(at=a.at, prompt=a.prompt, max_tokens=a.max_tokens, ignore_eos=True) for a in scenario.arrivals
-        )
+        changes: dict[str, Any] = dict(max_recursions=None, ignore_eos=True, abort_at=None)
+        arrivals = tuple(replace(arrival, **changes) for arrival in scenario.arrivals)
         _, requests = Scenario(**fields, arrivals=arrivals, granularity=size).play()
         return {found.id: found.output for found in requests}
 

@@ -31,6 +31,8 @@ def assert_ended_well(scenario: Scenario, played: Simulation, requests: list[Req
         assert found.state == "finished" and found.finish_reason in (reason, "abort")
         assert found.output == (output[: len(found.output)] if found.finish_reason == "abort" else output)
         assert found.depths == scenario.model.depths(found.tokens, found.params.budget)[: len(found.depths)]
+        scores = scenario.model.scores(found)
+        assert found.scores == (scores[: len(found.scores)] if found.finish_reason == "abort" else scores)
     assert (played.scheduler.num_running, played.scheduler.num_waiting) == (0, 0)
     played.check()
     if played.cache is not None:

@@ -70,6 +70,15 @@ def test_long_contexts_are_cut_from_the_left() -> None:
     assert engine.loglikelihoods([long])[0][0] == pytest.approx(ours.loglikelihoods([long])[0][0], abs=1e-3)
 
 
+def test_rows_that_cannot_be_scored_are_an_error() -> None:
+    built = model(**BYTES)
+    with torch.no_grad():
+        built.model.norm.weight.fill_(float("nan"))
+    backend = make_backend("engine", built, byte_tokenizer(), batch_size=1, mean_depth=None, end_of_text=256)
+    with pytest.raises(RuntimeError, match="a row of 5 tokens could not be scored: the logits of the prompt hold NaN"):
+        backend.loglikelihoods(PAIRS)
+
+
 # The harness
 
 

@@ -173,6 +173,14 @@ def test_numbers_of_depths() -> None:
     assert {name: float(values[name]) for name in expected} == pytest.approx(expected)
 
 
+def test_prompts_that_are_scored_alone_are_counted() -> None:
+    metrics = Metrics()
+    news = News("s", 7, 0, text="", depths=(), tokens=(), finish_reason="length", error=None)
+    metrics.heard(news, since_open=0.3, since_last=None)
+    lines = metrics.text().decode().splitlines()
+    assert "mor_prompt_tokens_total 7.0" in lines and "mor_time_to_first_token_seconds_count 0.0" in lines
+
+
 def test_any_loops_transport_serves() -> None:
     """Those of uvloop are no subclass of asyncio's."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from mor.engine.params import SamplingParams
+from mor.evaluate.backends import ModelBackend
 from mor.serve.replies import ChatChunk, ChatCompletion, Completion, ModelList
 from tests.serve.serving import TEMPLATE, Running, error_of, events
 from tests.serve.sources import MAX_LENGTH
-from tests.serve.tiny_engine import TOKENIZER, make_engine
+from tests.serve.tiny_engine import TOKENIZER, make_engine, make_model
 
 GREEDY = dict(temperature=0, ignore_eos=True)
 
@@ -112,6 +115,59 @@ def test_an_echo_with_log_probabilities_scores_the_prompt(server: Running) -> No
             greedy["logprobs"]["token_logprobs"][0], abs=1e-4
         )
         assert generated["depths"][-1] == greedy["depths"][0]
+
+
+@pytest.mark.parametrize("dial", [{}, {"mean_depth": 1.5}, {"mean_depth": 3, "max_recursions": 2}])
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_an_echo_says_what_the_engine_does(server: Running, max_tokens: int, dial: dict[str, float]) -> None:
+    """As the harness asks: token ids of several prompts, whose tokens are given and greedy ones named."""
+    prompts = [list(b"a context and its continuation"), [97], list(b"another text")]
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=2, prompt_logprobs=2, **dial)  # type: ignore[arg-type]
+    expected = make_engine().generate(prompts, params, progress=False)
+    fields = dict(max_tokens=max_tokens, temperature=0, logprobs=2, seed=1234, echo=True, **dial)
+    reply = server.complete(prompts, **fields).json()
+    Completion.model_validate(reply)
+    assert reply["usage"]["completion_tokens"] == 3 * max_tokens
+    for choice, prompt, output in zip(reply["choices"], prompts, expected, strict=True):
+        logprobs, told = choice["logprobs"], [*output.prompt_logprobs, *(token.logprob for token in output.tokens)]
+        assert logprobs["token_logprobs"][0] is None and told[0] is None
+        assert logprobs["token_logprobs"][1:] == pytest.approx(told[1:], abs=1e-4)
+        tops = [*output.prompt_tops, *(token.top_logprobs for token in output.tokens)]
+        for named, top in zip(logprobs["top_logprobs"][1:], tops[1:], strict=True):
+            assert list(named.values())[:2] == pytest.approx([value for _, value in top], abs=1e-4)
+        assert choice["depths"] == [*output.prompt_depths, *output.depths]
+        assert len(logprobs["tokens"]) == len(logprobs["text_offset"]) == len(prompt) + max_tokens
+        assert choice["finish_reason"] == "length"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_harness_s_client_gets_the_model_s_log_likelihoods(server: Running) -> None:
+    """What `lm_eval --model local-completions` sends, and what it reads in the answer."""
+    harness = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI
+    pairs = [(b"the context", b" and more"), (b"a", b"b"), (b"another context", b".")]
+    rows = [list(context + continuation) for context, continuation in pairs]
+    payload = harness._create_payload(SimpleNamespace(model="tiny"), rows)
+    reply = server.client.post("/v1/completions", json=payload).json()
+    found = harness.parse_logprobs(reply, ctxlens=[len(context) for context, _ in pairs])
+    expected = ModelBackend(make_model(), end_of_text=256).loglikelihoods(pairs)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [log for log, _ in found] == pytest.approx([log for log, _ in expected], abs=1e-3)
+
+
+def test_every_choice_of_an_echo_has_the_prompt_s_log_probabilities(server: Running) -> None:
+    choices = server.complete(["one", "other"], max_tokens=2, n=2, echo=True, logprobs=0, seed=1).json()["choices"]
+    each = [choice["logprobs"]["token_logprobs"] for choice in choices]
+    assert [len(values) for values in each] == [5, 5, 7, 7]
+    assert each[0][1:3] == pytest.approx(each[1][1:3], abs=1e-5)
+    assert each[2][1:5] == pytest.approx(each[3][1:5], abs=1e-5)
+
+
+def test_a_prompt_that_is_scored_alone_may_be_as_long_as_the_model_allows(server: Running) -> None:
+    reply = server.complete([5] * MAX_LENGTH, max_tokens=0, echo=True, logprobs=0).json()
+    assert len(reply["choices"][0]["logprobs"]["token_logprobs"]) == MAX_LENGTH
+    for size, most, rest in ((MAX_LENGTH + 1, 0, "fit"), (MAX_LENGTH, 1, "fit beside one of output")):
+        error = error_of(server.complete([5] * size, max_tokens=most, echo=True, logprobs=0), 400)
+        assert error["code"] == "context_length_exceeded" and error["message"].endswith(f"{MAX_LENGTH - most} {rest}")
 
 
 def test_an_echo_alone(server: Running) -> None:
