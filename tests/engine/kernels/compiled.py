@@ -38,6 +38,7 @@ DECODE = dict(TILE_ENTRIES=paged_decode.TILE, SPLIT_ENTRIES=paged_decode.SPLIT, 
 DRAW = dict(SIZE=49152, BLOCK_B=draw.BLOCK, EARLY=True)
 COLUMNS = dict(NUM_INTS=21, NUM_FLOATS=7, BLOCK_I=32, HIDDEN=960, BLOCK_D=1024)
 PLACES = dict(WIDTH=132, ENTRIES=80, SIZE=64, BLOCK_E=64)
+ENTER = dict(SEQUENCES=4, OVERLAYING=0)
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "attend_split": (
         paged_decode._attend_split,
@@ -99,15 +100,22 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "advance": (slot_kernels.advance_kernel, PLACES | dict(NUM_INTS=21, RECURSIONS=3), dict(num_warps=1)),
     "enter": (
         slot_kernels.enter_kernel,
-        COLUMNS | PLACES | dict(RUNS_ALL=False, IS_SHARED=False, TAKEN=1, SEQUENCES=4),
+        COLUMNS | PLACES | NO_OVERLAY | ENTER | dict(READS_FIRST=False, WRITES_OWN=True, TAKEN=1),
         {},
     ),
     "enter_nobody": (
         slot_kernels.enter_kernel,
         COLUMNS
         | PLACES
-        | dict(RUNS_ALL=True, IS_SHARED=True, TAKEN=3, SEQUENCES=4)
+        | NO_OVERLAY
+        | ENTER
+        | dict(READS_FIRST=True, WRITES_OWN=False, TAKEN=3)
         | dict.fromkeys(("place_N", "ints_CI", "x_CD", "taken_C", "gate_C", "target_C")),
+        {},
+    ),
+    "enter_overlaid": (
+        slot_kernels.enter_kernel,
+        COLUMNS | PLACES | ENTER | dict(READS_FIRST=True, WRITES_OWN=True, TAKEN=1, OVERLAYING=2),
         {},
     ),
     "settle": (slot_kernels.settle_kernel, dict(TAKEN=1, NUM_FLOATS=7, HIDDEN=960, BLOCK_D=1024), {}),
