@@ -1,16 +1,16 @@
 """Attention of the rows of a visit over pages: by a kernel on CUDA, elsewhere by gathering what is read.
 
 A row is a token. Rows of one segment stand together and share their pages; a row sees the entries of one virtual
-sequence up to a last one of its own.
+sequence up to a last one of its own, or what lies over them.
 
-Legend: M rows of the visit, N rows of a group, X pages of a row, P entries of a page, L entries read, H query heads, G
-key/value heads, E head size.
+Legend: M rows of the visit, N spans of a group, T rows of a table, X pages of a row, R recursions, P entries of a page,
+L entries read, H query heads, G key/value heads, E head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mor.engine.kv_store import gather_entries
+from mor.engine.kv_store import Overlay, Reading
 from mor.engine.layers import Pages
 from mor.engine.native.few_rows import Seen
 
@@ -32,52 +32,54 @@ class Span:
     """Rows `start`..`stop` of one segment at one recursion.
 
     `pages`: of the virtual sequence that is read. `last`: for each row, the last entry that it sees, ascending.
-    `own_pages`, `own_entries`: under hybrid caching, pages of this recursion's own sequence and how many entries it
-    has, which are laid over those that are read.
+    `recursion`, `own_pages`: if it is not 0, the recursion whose entries lie over those that are read, and the pages of
+    its sequence.
     """
 
     start: int
     stop: int
     pages: Sequence[int]
     last: Integers
+    recursion: int = 0
     own_pages: Sequence[int] = ()
-    own_entries: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def length(self) -> int:
+        """Entries that its last row sees."""
+        return int(self.last[-1]) + 1
 
 
 class PagedScope:
-    """What all rows of a visit see; made once and used by all layers.
-
-    `numbers`: which token of its request each entry of a recursion's page is (pages, P).
-    """
+    """What all rows of a visit see; made once and used by all layers."""
 
     def __init__(
-        self, spans: Sequence[Span], page_entries: int, numbers: Tensor, attend_spans: AttendSpans | None = None
+        self, spans: Sequence[Span], page_entries: int, overlay_RXP: Tensor, attend_spans: AttendSpans | None = None
     ) -> None:
-        """`attend_spans`: the kernel, None to gather; entries that lie over others are always gathered."""
-        self._tiles: _Tiles | None = None
-        if attend_spans is not None and not any(span.own_entries for span in spans):
-            self._tiles = _Tiles.of(spans, numbers.device, attend_spans)
-            return
-        self._spans, self._page_entries, self._numbers = spans, page_entries, numbers
+        """`overlay_RXP`: see `KvStore`. `attend_spans`: the kernel, None to gather."""
+        self._spans, self._page_entries, self._overlay_RXP = spans, page_entries, overlay_RXP
+        self._tiles = None if attend_spans is None else _Tiles.of(spans, page_entries, overlay_RXP, attend_spans)
 
     @cached_property
     def seen(self) -> Seen | None:
-        """The same as tables of pages, if nothing lies over them."""
-        if self._tiles is not None or any(span.own_entries for span in self._spans):
+        """The same as tables of pages, None with a kernel."""
+        if self._tiles is not None:
             return None
-        longest = max(_length(span) for span in self._spans)
-        counts = [span.stop - span.start for span in self._spans]
-        table_TX = _table([span.pages for span in self._spans], -(-longest // self._page_entries), self._numbers)
+        tables = _Tables.of(self._spans, self._page_entries, self._overlay_RXP)
         return Seen(
-            table_TX=table_TX.int(),
-            row_N=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+            table_TX=tables.table_TX,
+            row_N=tables.row_N.repeat_interleave(tables.count_N),
             last_N=torch.from_numpy(np.concatenate([span.last for span in self._spans])),
-            longest=longest,
+            longest=max(span.length for span in self._spans),
+            overlay=tables.overlay(each_row=True),
         )
 
     @cached_property
     def _groups(self) -> list[_Group]:
-        return [_Group.of(spans, self._page_entries, self._numbers) for spans in _grouped(self._spans)]
+        return [_Group.of(spans, self._page_entries, self._overlay_RXP) for spans in _grouped(self._spans)]
 
     @cached_property
     def _order_M(self) -> Tensor | None:
@@ -85,7 +87,7 @@ class PagedScope:
         rows = [row for group in self._groups for row in group.rows]
         if all(row == place for place, row in enumerate(rows)):
             return None
-        return torch.tensor(sorted(range(len(rows)), key=rows.__getitem__), device=self._numbers.device)
+        return torch.tensor(sorted(range(len(rows)), key=rows.__getitem__), device=self._overlay_RXP.device)
 
     def attend(self, query_MHE: Tensor, layer: Pages) -> Tensor:
         """The heads' outputs (M, H, E)."""
@@ -96,19 +98,56 @@ class PagedScope:
         return out_MHE if self._order_M is None else out_MHE[self._order_M]
 
 
-def _length(span: Span) -> int:
-    """Entries that its last row sees."""
-    return int(span.last[-1]) + 1
-
-
 def _grouped(spans: Sequence[Span]) -> Iterator[list[Span]]:
     """Spans of one row together, longer ones alone."""
-    single = [span for span in spans if span.stop - span.start == 1]
+    single = [span for span in spans if span.count == 1]
     if single:
         yield single
     for span in spans:
-        if span.stop - span.start > 1:
+        if span.count > 1:
             yield [span]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tables:
+    """The pages that spans read as rows of a table, on the host. A span's own pages stand as many rows below those that
+    it reads as its recursion says.
+
+    `row_N`, `recursion_N`, `count_N`: of each span its row of the table, its recursion and its number of rows.
+    """
+
+    table_TX: Tensor
+    row_N: Tensor
+    recursion_N: Tensor
+    count_N: Tensor
+    overlay_RXP: Tensor
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], page_entries: int, overlay_RXP: Tensor) -> _Tables:
+        """Rows name the blank page, the last one, behind the pages that they read: the others may hold anything."""
+        rows, first = list[Sequence[int]](), list[int]()
+        for span in spans:
+            first.append(len(rows))
+            used = -(-span.length // page_entries)
+            own = [()] * (span.recursion - 1) + [span.own_pages[:used]] if span.recursion else []
+            rows += [span.pages[:used], *own]
+        table = np.full((len(rows), max(map(len, rows))), overlay_RXP.shape[1] - 1, dtype=np.int32)
+        for row, pages in enumerate(rows):
+            table[row, : len(pages)] = pages
+        return cls(
+            table_TX=torch.from_numpy(table),
+            row_N=torch.tensor(first),
+            recursion_N=torch.tensor([span.recursion for span in spans]),
+            count_N=torch.tensor([span.count for span in spans]),
+            overlay_RXP=overlay_RXP,
+        )
+
+    def overlay(self, *, each_row: bool) -> Overlay | None:
+        """Of spans, or of each of their rows; None if nothing lies over any."""
+        if not bool(self.recursion_N.any()):
+            return None
+        recursion_N = self.recursion_N.repeat_interleave(self.count_N) if each_row else self.recursion_N
+        return Overlay(recursion_N=recursion_N.to(self.overlay_RXP.device), entry_RXP=self.overlay_RXP)
 
 
 @dataclass(kw_only=True)
@@ -118,32 +157,28 @@ class _Group:
     rows: list[int]
     num_spans: int
     row_M: Tensor | None
-    table_NX: Tensor
+    reading: Reading
     mask_N1KL: Tensor
-    own: _Own | None = None
 
     @classmethod
-    def of(cls, spans: Sequence[Span], page_entries: int, numbers: Tensor) -> _Group:
-        device = numbers.device
-        length = max(_length(span) for span in spans)
-        width = -(-length // page_entries)
+    def of(cls, spans: Sequence[Span], page_entries: int, overlay_RXP: Tensor) -> _Group:
+        device, tables = overlay_RXP.device, _Tables.of(spans, page_entries, overlay_RXP)
+        width = tables.table_TX.shape[1]
         last_NK = torch.from_numpy(np.stack([span.last for span in spans])).to(device)
         seen = torch.arange(width * page_entries, device=device) <= last_NK[..., None]
         rows = [row for span in spans for row in range(span.start, span.stop)]
         is_run = rows[-1] - rows[0] == len(rows) - 1
+        where = tables.table_TX.to(device), tables.row_N.to(device), width, last_NK[:, -1] + 1
         return cls(
             rows=rows,
             num_spans=len(spans),
             row_M=None if is_run else torch.tensor(rows, device=device),
-            table_NX=_table([span.pages[: (_length(span) - 1) // page_entries + 1] for span in spans], width, numbers),
+            reading=Reading.of(*where, tables.overlay(each_row=False)),
             mask_N1KL=seen[:, None],
-            own=_Own.of(spans, page_entries, numbers) if any(span.own_entries for span in spans) else None,
         )
 
     def attend(self, query_MHE: Tensor, layer: Pages) -> Tensor:
-        key_NLGE, value_NLGE = (gather_entries(pages, self.table_NX) for pages in layer)
-        if self.own is not None:
-            key_NLGE, value_NLGE = self.own.lay_over(key_NLGE, layer[0]), self.own.lay_over(value_NLGE, layer[1])
+        key_NLGE, value_NLGE = map(self.reading, layer)
         rows = slice(self.rows[0], self.rows[-1] + 1) if self.row_M is None else self.row_M
         query_NHKE = query_MHE[rows].unflatten(0, (self.num_spans, -1)).transpose(1, 2)
         out_NHKE = F.scaled_dot_product_attention(
@@ -158,58 +193,28 @@ class _Group:
 
 @dataclass(kw_only=True)
 class _Tiles:
-    """Spans as the kernel reads them: a table of pages with a row for each, and tiles of rows."""
+    """Spans as the kernel reads them: a table of pages, and tiles of rows."""
 
     table_TX: Tensor
     tile_W3: Tensor
     last_M: Tensor
+    overlay: Overlay | None
     attend_spans: AttendSpans
 
     @classmethod
-    def of(cls, spans: Sequence[Span], device: torch.device, attend_spans: AttendSpans) -> _Tiles:
+    def of(cls, spans: Sequence[Span], page_entries: int, overlay_RXP: Tensor, attend_spans: AttendSpans) -> _Tiles:
         from mor.engine.kernels.paged_prefill import cut_tiles
 
-        table = np.zeros((len(spans), max(len(span.pages) for span in spans)), dtype=np.int32)
-        for row, span in enumerate(spans):
-            table[row, : len(span.pages)] = span.pages
-        tiles = cut_tiles([span.start for span in spans], [span.stop for span in spans], np.arange(len(spans)))
+        device, tables = overlay_RXP.device, _Tables.of(spans, page_entries, overlay_RXP)
+        tiles = cut_tiles([span.start for span in spans], [span.stop for span in spans], tables.row_N.numpy())
         last = np.concatenate([span.last for span in spans])
         return cls(
-            table_TX=torch.from_numpy(table).to(device),
+            table_TX=tables.table_TX.to(device),
             tile_W3=torch.from_numpy(tiles).to(device),
             last_M=torch.from_numpy(last).to(device),
+            overlay=tables.overlay(each_row=True),
             attend_spans=attend_spans,
         )
 
     def attend(self, query_MHE: Tensor, layer: Pages) -> Tensor:
-        return self.attend_spans(query_MHE, *layer, self.table_TX, self.tile_W3, self.last_M)
-
-
-@dataclass(kw_only=True)
-class _Own:
-    """Entries of the rows' own recursions, and which of the entries that are read each replaces."""
-
-    table_NX: Tensor
-    place_NL: Tensor = field(repr=False)
-
-    @classmethod
-    def of(cls, spans: Sequence[Span], page_entries: int, numbers: Tensor) -> _Own:
-        width = -(-max(span.own_entries for span in spans) // page_entries)
-        table_NX = _table([span.own_pages for span in spans], width, numbers)
-        count_N = torch.tensor([span.own_entries for span in spans], device=numbers.device)
-        absent_NL = torch.arange(width * page_entries, device=numbers.device) >= count_N[:, None]
-        return cls(table_NX=table_NX, place_NL=numbers[table_NX].flatten(1).masked_fill(absent_NL, -1))
-
-    def lay_over(self, first_NLGE: Tensor, pages_XPGE: Tensor) -> Tensor:
-        own_NLGE = gather_entries(pages_XPGE, self.table_NX)
-        beyond = first_NLGE.shape[1]
-        place_NL = torch.where((self.place_NL < 0) | (self.place_NL >= beyond), beyond, self.place_NL)
-        padded = F.pad(first_NLGE, (0, 0, 0, 0, 0, 1))
-        return padded.scatter(1, place_NL[..., None, None].expand_as(own_NLGE), own_NLGE)[:, :beyond]
-
-
-def _table(pages: Sequence[Sequence[int]], width: int, numbers: Tensor) -> Tensor:
-    """Page numbers (N, X), filled up with the blank page, the last one."""
-    blank = len(numbers) - 1
-    rows = [[*each[:width], *[blank] * (width - len(each))] for each in pages]
-    return torch.tensor(rows, dtype=torch.int64, device=numbers.device)
+        return self.attend_spans(query_MHE, *layer, self.table_TX, self.tile_W3, self.last_M, overlay=self.overlay)

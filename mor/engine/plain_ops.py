@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mor.engine.kv_store import gather_entries
+from mor.engine.kv_store import Overlay, Reading
 from mor.engine.params import SamplingParams
 from mor.engine.sampler import SamplingRow, sample
 from mor.engine.slot_steps import SlotSteps
@@ -99,12 +99,12 @@ def attend_pages(
     row_N: Tensor,
     last_N: Tensor,
     longest: int,
+    overlay: Overlay | None = None,
 ) -> Tensor:
-    """The heads' outputs (N, H, E) of rows that see entries 0..`last_N` of the pages in `table_TX[row_N]`; zeros where
-    `last_N` is -1."""
-    width = -(-longest // key_XPGE.shape[1])
-    table_NX = table_TX[row_N, :width]
-    key_NLGE, value_NLGE = (gather_entries(pages, table_NX) for pages in (key_XPGE, value_XPGE))
+    """The heads' outputs (N, H, E) of rows that see entries 0..`last_N` of the pages in `table_TX[row_N]`, or what lies
+    over them; zeros where `last_N` is -1."""
+    reading = Reading.of(table_TX, row_N, -(-longest // key_XPGE.shape[1]), last_N + 1, overlay)
+    key_NLGE, value_NLGE = reading(key_XPGE), reading(value_XPGE)
     seen_N11L = (torch.arange(key_NLGE.shape[1], device=last_N.device) <= last_N[:, None])[:, None, None]
     out_NH1E = F.scaled_dot_product_attention(
         query_NHE[:, :, None],
@@ -129,10 +129,11 @@ def attend_new(
     last_N: Tensor,
     longest: int,
     heads: int,
+    overlay: Overlay | None = None,
 ) -> Tensor:
     """`rotate_and_store`, and `attend_pages` of the queries."""
     query_NHE = rotate_and_store(qkv_NC, cos_NE, sin_NE, page_N, place_N, key_XPGE, value_XPGE, heads)
-    return attend_pages(query_NHE, key_XPGE, value_XPGE, table_TX, row_N, last_N, longest)
+    return attend_pages(query_NHE, key_XPGE, value_XPGE, table_TX, row_N, last_N, longest, overlay)
 
 
 def draw_tokens(

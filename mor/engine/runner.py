@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mor.engine.budgets import Budgets
-from mor.engine.kv_store import KvStore, PageLayout
+from mor.engine.kv_store import KvStore, PageLayout, lay_over
 from mor.engine.layers import Layers, Pages
 from mor.engine.native.few_rows import Seen
 from mor.engine.paged_attention import Integers, PagedScope, Span
@@ -99,7 +99,7 @@ class Runner:
 
     @property
     def _device(self) -> torch.device:
-        return self.store.numbers.device
+        return self.store.overlay_RXP.device
 
     @torch.inference_mode()
     def visit(self, segments: Sequence[Segment]) -> list[SegmentResult]:
@@ -304,15 +304,24 @@ class Runner:
         if is_new:
             self.store.clear_pages(page_M[(place_M == 0) & (page_M != self.store.nobodys)].tolist())
         number_N, page_N, place_N = map(self._sent, (np.concatenate([w.numbers for w in works]), page_M, place_M))
-        if works[0].recursion is not None:
-            self.store.numbers[page_N, place_N] = number_N
+        if self.layout.num_overlaying and works[0].recursion is not None:
+            self._lay_over(works)
         cos_1NE, sin_1NE = self._model.rotary_emb(x_MD[None], position_ids=number_N[None])
         return _Batch(
-            scope=PagedScope(spans, size, self.store.numbers, self._layers.ops.attend_spans),
+            scope=PagedScope(spans, size, self.store.overlay_RXP, self._layers.ops.attend_spans),
             rotary=(cos_1NE[0], sin_1NE[0]),
             page_N=page_N if any(map(self._written, works)) else None,
             place_N=place_N,
         )
+
+    def _lay_over(self, works: list[_Work]) -> None:
+        """Note which entries of the first recursion the new ones lie over."""
+        size, found = self.layout.page_entries, []
+        for work in works:
+            first = np.asarray(work.segment.request.pages[0], dtype=np.int64)[work.numbers // size]
+            recursion = np.full_like(work.numbers, work.recursion)
+            found.append((recursion, first, work.numbers % size, self._entries(work)))
+        lay_over(self.store.overlay_RXP, *(self._sent(np.concatenate(column)) for column in zip(*found, strict=True)))
 
     def _sent(self, values: Integers) -> Tensor:
         return torch.from_numpy(values).to(self._device)
@@ -335,14 +344,7 @@ class Runner:
         if not recursion or self._policy == "recursion":
             pages = request.pages[self._sequence(recursion)]
             return Span(start=start, stop=stop, pages=pages, last=self._entries(work))
+        read = Span(start=start, stop=stop, pages=request.pages[0], last=work.numbers)
         if self._policy == "shared":
-            return Span(start=start, stop=stop, pages=request.pages[0], last=work.numbers)
-        own = int(self._entries(work)[-1]) + 1
-        return Span(
-            start=start,
-            stop=stop,
-            pages=request.pages[0],
-            last=work.numbers,
-            own_pages=request.pages[recursion],
-            own_entries=own,
-        )
+            return read
+        return replace(read, recursion=recursion, own_pages=request.pages[recursion])

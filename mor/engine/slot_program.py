@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 from torch._dynamo.decorators import maybe_mark_dynamic
 
-from mor.engine.kv_store import KvStore, PageLayout
+from mor.engine.kv_store import KvStore, Overlay, PageLayout
 from mor.engine.layers import Layers, Pages
 from mor.engine.native.few_rows import Seen
 from mor.engine.slot_routing import SlotRouting
@@ -42,7 +42,8 @@ class VisitShape:
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedRows:
-    """Rows of slots: the table that each reads, and the last entry that it sees, -1 for none. See `layers.Rows`."""
+    """Rows of slots: the table that each reads, the last entry that it sees, -1 for none, and what lies over them. See
+    `layers.Rows`."""
 
     rotary: tuple[Tensor, Tensor]
     page_N: Tensor
@@ -51,22 +52,28 @@ class PlacedRows:
     table_N: Tensor
     last_N: Tensor
     longest: int
+    overlay: Overlay | None
     ops: ModuleType
 
     @property
     def seen(self) -> Seen:
-        return Seen(table_TX=self.table_TX, row_N=self.table_N, last_N=self.last_N, longest=self.longest)
+        return Seen(
+            table_TX=self.table_TX,
+            row_N=self.table_N,
+            last_N=self.last_N,
+            longest=self.longest,
+            overlay=self.overlay,
+        )
 
     def attend(self, query_NHE: Tensor, pages: Pages) -> Tensor:
-        return self.ops.attend_pages(  # type: ignore[no-any-return]
-            query_NHE, *pages, self.table_TX, self.table_N, self.last_N, self.longest
-        )
+        seen = self.table_TX, self.table_N, self.last_N, self.longest
+        return self.ops.attend_pages(query_NHE, *pages, *seen, overlay=self.overlay)  # type: ignore[no-any-return]
 
     def attend_new(self, qkv_NC: Tensor, heads: int, pages: Pages) -> Tensor:
         """A row that writes sees its new entry last."""
         new = qkv_NC, *self.rotary, self.page_N, self.place_N
         seen = self.table_TX, self.table_N, self.last_N, self.longest
-        return self.ops.attend_new(*new, *pages, *seen, heads)  # type: ignore[no-any-return]
+        return self.ops.attend_new(*new, *pages, *seen, heads, overlay=self.overlay)  # type: ignore[no-any-return]
 
 
 class SlotProgram:
@@ -159,7 +166,7 @@ class SlotProgram:
         )
 
     def _rows(self, places: Places, shape: VisitShape) -> PlacedRows:
-        cos_NE, sin_NE, page_N, place_N, table_N, last_N = places
+        cos_NE, sin_NE, page_N, place_N, table_N, last_N, *over = places
         return PlacedRows(
             rotary=(cos_NE, sin_NE),
             page_N=page_N,
@@ -168,6 +175,7 @@ class SlotProgram:
             table_N=table_N,
             last_N=last_N,
             longest=shape.longest,
+            overlay=Overlay(over[0], self._store.overlay_RXP) if over else None,
             ops=self._ops,
         )
 
@@ -184,8 +192,9 @@ def _geometry(model: MorForCausalLM, layout: PageLayout, store: KvStore, state: 
         block_entries=layout.page_entries,
         outer_entries=layout.outer_entries,
         taken=plan.num_recursions if plan.is_sequence else 1,
-        runs_all=policy != "recursion",
-        is_shared=policy == "shared",
+        reads_first=policy != "recursion",
+        writes_own=policy != "shared",
+        overlay_RXP=store.overlay_RXP if layout.num_overlaying else None,
     )
 
 

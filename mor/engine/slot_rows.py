@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mor.engine.kv_store import Overlay, lay_over
 from mor.engine.slot_program import PlacedRows, SlotProgram, VisitShape
 from mor.engine.slot_state import BROKEN, RESTING, Float, Int, Report
 
@@ -80,7 +81,7 @@ class RowProgram(SlotProgram):
             self._lengths[slot_C, -1] = ints[slot_C, Int.NUMBER] + 1
         begun = self._begin(x_CD, *self._numbers_of(slot_C))
         taken_C = begun.taken_N.numpy()
-        ints[slot_C, Int.RECURSION] = 0 if self._geometry.runs_all else np.where(taken_C, 0, RESTING)
+        ints[slot_C, Int.RECURSION] = 0 if self._geometry.reads_first else np.where(taken_C, 0, RESTING)
         ints[slot_C, Int.ACTIVE], ints[slot_C, Int.TARGET] = taken_C, begun.target_N.numpy()
         self._floats[slot_C, Float.GATE] = begun.gate_N.numpy()
         state.stream.index_copy_(0, index_C, x_CD)
@@ -119,41 +120,53 @@ class RowProgram(SlotProgram):
             return x_CD
         number_C = self._ints[slot_C, Int.NUMBER]
         sequence_C = np.full_like(slot_C, self._plan.num_recursions)
-        rows = self._seeing(slot_C, sequence_C, number_C, number_C, self._geometry.outer_entries)
+        page_C, place_C = self._page(slot_C, sequence_C, number_C, self._geometry.outer_entries)
+        rows = self._seeing(slot_C, sequence_C, number_C, number_C, page_C, place_C)
         return self._layers(layers, x_CD, [rows] * len(layers), self._store.outer_layers[first : first + len(layers)])
 
     def _block_rows(self, slot_N: Integers, recursion_N: Integers) -> PlacedRows:
-        """Rows of the block, whose sequences grow. A shared cache has entries of the first recursion alone."""
+        """Rows of the block, whose sequences grow."""
         number_N, entry_N = self._ints[slot_N, Int.NUMBER], self._lengths[slot_N, recursion_N]
-        size = self._geometry.block_entries
-        if not self._geometry.is_shared:
+        geometry, size = self._geometry, self._geometry.block_entries
+        page_N, place_N = self._page(slot_N, recursion_N, entry_N, size)
+        if geometry.writes_own:
             self._lengths[slot_N, recursion_N] += 1
-            return self._seeing(slot_N, recursion_N, entry_N, number_N, size)
-        writes_N = recursion_N == 0
-        self._lengths[slot_N, 0] += writes_N
-        return self._seeing(slot_N, np.zeros_like(recursion_N), number_N, number_N, size, writes_N)
+        else:
+            self._lengths[slot_N, 0] += recursion_N == 0
+            page_N = np.where(recursion_N == 0, page_N, geometry.nobodys)
+        if not geometry.reads_first:
+            return self._seeing(slot_N, recursion_N, entry_N, number_N, page_N, place_N)
+        first_N, overlay = np.zeros_like(recursion_N), None
+        if geometry.overlay_RXP is not None:
+            over = recursion_N, *self._page(slot_N, first_N, number_N, size), entry_N
+            lay_over(geometry.overlay_RXP, *map(torch.from_numpy, over))
+            overlay = Overlay(recursion_N=torch.from_numpy(recursion_N), entry_RXP=geometry.overlay_RXP)
+        return self._seeing(slot_N, first_N, number_N, number_N, page_N, place_N, overlay)
+
+    def _page(self, slot_N: Integers, sequence_N: Integers, entry_N: Integers, size: int) -> tuple[Integers, Integers]:
+        """Page and place in it of entries of sequences, in pages of `size`."""
+        return self._tables[slot_N, sequence_N, entry_N // size].astype(np.int64), entry_N % size
 
     def _seeing(
         self,
         slot_N: Integers,
         sequence_N: Integers,
-        entry_N: Integers,
+        last_N: Integers,
         number_N: Integers,
-        size: int,
-        writes_N: npt.NDArray[np.bool_] | None = None,
+        page_N: Integers,
+        place_N: Integers,
+        overlay: Overlay | None = None,
     ) -> PlacedRows:
-        """Rows that see the entries of their sequences up to `entry_N`, which those that write make."""
-        page_N = self._tables[slot_N, sequence_N, entry_N // size].astype(np.int64)
-        if writes_N is not None:
-            page_N = np.where(writes_N, page_N, self._geometry.nobodys)
+        """Rows that see the entries of their sequences up to `last_N`, and write theirs at (`page_N`, `place_N`)."""
         index_N = torch.from_numpy(number_N)
         return PlacedRows(
             rotary=(self._geometry.cos_LE.index_select(0, index_N), self._geometry.sin_LE.index_select(0, index_N)),
             page_N=torch.from_numpy(page_N),
-            place_N=torch.from_numpy(entry_N % size),
+            place_N=torch.from_numpy(place_N),
             table_TX=self._table,
             table_N=torch.from_numpy(slot_N * self._tables.shape[1] + sequence_N),
-            last_N=torch.from_numpy(entry_N),
-            longest=int(entry_N.max()) + 1,
+            last_N=torch.from_numpy(last_N),
+            longest=int(last_N.max()) + 1,
+            overlay=overlay,
             ops=self._ops,
         )

@@ -4,7 +4,7 @@ Four steps: slots turn, tokens are reported and the next ones enter, the block's
 settles in the slots. What routers compute of their own stands between them, in `mor.engine.slot_routing`.
 
 Legend: S slots, N slots of the visit, C slots that may turn in it, D hidden size, E head size, Q virtual sequences, I
-columns of integers, F columns of floats.
+columns of integers, F columns of floats, R recursions, X pages, P entries of a page.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mor.engine.kv_store import lay_over
 from mor.engine.slot_routing import Begun, Merged
 from mor.engine.slot_state import BROKEN, NOTHING, RESTING, Float, Int, SlotState
 
 Places = tuple[Tensor, ...]
 """Of rows: cosines and sines (N, E) of their positions, page and place in it of their new entries, the table that each
-reads, and the last entry that it sees, -1 for none. Empty without layers."""
+reads, and the last entry that it sees, -1 for none; where entries lie over others, also the recursion whose do, 0 for
+none. Empty without layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,9 @@ class Geometry:
 
     `cos_LE`, `sin_LE`: rotary positions. `nobodys`: the page where rows write that take no part. `block_entries`,
     `outer_entries`: of a page; the latter 0 without unshared layers. `taken`: recursions that a visit of the block
-    counts for. `runs_all`: every token takes the first recursion, for its keys and values. `is_shared`: later
-    recursions read those of the first, and write none.
+    counts for. `reads_first`: later recursions read the entries of the first, so every token takes it for its keys and
+    values. `writes_own`: they write entries of their own. Where both are so these lie over the others: `overlay_RXP`,
+    see `KvStore`, None elsewhere.
     """
 
     cos_LE: Tensor
@@ -39,8 +42,9 @@ class Geometry:
     block_entries: int
     outer_entries: int
     taken: int
-    runs_all: bool
-    is_shared: bool
+    reads_first: bool
+    writes_own: bool
+    overlay_RXP: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +148,7 @@ class SlotSteps:
     def _return(self, entering: Entering) -> None:
         state, begun = self._state, entering.begun
         slot_C, ints_CI = entering.turning.slot_C, entering.turning.ints_CI
-        runs_C = torch.ones_like(begun.taken_N) if self._geometry.runs_all else begun.taken_N
+        runs_C = torch.ones_like(begun.taken_N) if self._geometry.reads_first else begun.taken_N
         ints_CI[:, Int.RECURSION] = torch.where(runs_C & (ints_CI[:, Int.LIVE] > 0), 0, RESTING)
         ints_CI[:, Int.ACTIVE] = begun.taken_N.long()
         ints_CI[:, Int.TARGET] = begun.target_N
@@ -181,16 +185,21 @@ class SlotSteps:
         return self._places(slot_C, sequence_C, number_C, page_C, torch.where(part_C, number_C, -1))
 
     def _block_places(self, slots: int, recursion_N: Tensor) -> Places:
-        """Places of the block, whose sequences grow. A shared cache has entries of the first recursion alone."""
+        """Places of the block, whose sequences grow."""
+        geometry, size = self._geometry, self._geometry.block_entries
         lengths, number_N = self._state.lengths[:slots], self._state.ints[:slots, Int.NUMBER]
         runs_N, entry_N = self._runs(slots), lengths.gather(1, recursion_N[:, None])[:, 0]
-        writes_N, read_N, last_N = runs_N, recursion_N, entry_N
-        if self._geometry.is_shared:
-            writes_N, read_N, last_N = runs_N & (recursion_N == 0), torch.zeros_like(recursion_N), number_N
-        slot_N = self._numbers[:slots]
-        page_N = self._page(slot_N, recursion_N, entry_N, writes_N, self._geometry.block_entries)
+        writes_N = runs_N if geometry.writes_own else runs_N & (recursion_N == 0)
+        slot_N, first_N = self._numbers[:slots], torch.zeros_like(recursion_N)
+        page_N = self._page(slot_N, recursion_N, entry_N, writes_N, size)
         lengths.scatter_add_(1, recursion_N[:, None], writes_N[:, None].long())
-        return self._places(slot_N, read_N, number_N, page_N, torch.where(runs_N, last_N, -1))
+        if not geometry.reads_first:
+            return self._places(slot_N, recursion_N, number_N, page_N, torch.where(runs_N, entry_N, -1))
+        places = self._places(slot_N, first_N, number_N, page_N, torch.where(runs_N, number_N, -1))
+        if geometry.overlay_RXP is None:
+            return places
+        lay_over(geometry.overlay_RXP, recursion_N, *self._page(slot_N, first_N, number_N, runs_N, size), entry_N)
+        return *places, torch.where(runs_N, recursion_N, 0)
 
     def _page(
         self, slot_N: Tensor, sequence_N: Tensor, entry_N: Tensor, writes_N: Tensor, size: int

@@ -32,8 +32,6 @@ def fits_slot(params: SamplingParams) -> bool:
 def routing_of(model: MorForCausalLM, budgets: Budgets) -> SlotRouting:
     """How slots of this model are routed. Raises ValueError naming what they cannot do."""
     config: MorConfig = model.config
-    if config.kv_cache == "hybrid":
-        raise ValueError("slots=True needs kv_cache 'recursion' or 'shared'; this model has 'hybrid'")
     kind = str((config.rope_parameters or {}).get("rope_type", "default"))
     if kind in CHANGING_ROTARY:
         raise ValueError(f"slots=True needs rotary positions that do not change with the length, not {kind!r}")

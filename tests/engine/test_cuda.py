@@ -22,6 +22,7 @@ ARCHITECTURES: list[dict[str, Any]] = [
     dict(num_recursions=1, sharing="none"),
     dict(router="expert_choice"),
     dict(router="token_choice", kv_cache="shared"),
+    dict(router="expert_choice", kv_cache="hybrid"),
 ]
 
 

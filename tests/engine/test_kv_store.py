@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mor.engine.kv_store import KvStore, PageLayout, gather_entries
+from mor.engine.kv_store import KvStore, Overlay, PageLayout, Reading, gather_entries, lay_over
 from mor.model.cost import active_counts, kv_bytes
 from tests.tiny import architectures, label, tiny_config
 
@@ -84,17 +84,18 @@ def test_copies_are_whole() -> None:
     for views in (*store.block_layers, *store.outer_layers):
         for view in views:
             view.normal_()
-    store.numbers.random_(0, 99)
+    store.overlay_RXP.random_(-1, 99)
     before = [[view.clone() for view in layer] for layer in (*store.block_layers, *store.outer_layers)]
-    numbers = store.numbers.clone()
+    overlay = store.overlay_RXP.clone()
+    assert overlay.shape == (2, 7, 4)
     store.copy_pages([0, 3], [4, 1])
     source = torch.tensor([0, 3, 2, 3, 0, 5, 6])
     for layer, old in zip((*store.block_layers, *store.outer_layers), before, strict=True):
         for view, was in zip(layer, old, strict=True):
             assert torch.equal(view, was[source])
-    assert torch.equal(store.numbers, numbers[source])
+    assert torch.equal(store.overlay_RXP, overlay[:, source])
     store.copy_pages([], [])
-    assert torch.equal(store.numbers, numbers[source])
+    assert torch.equal(store.overlay_RXP, overlay[:, source])
 
 
 def test_clearing_pages() -> None:
@@ -121,3 +122,43 @@ def test_gathering_follows_the_table() -> None:
     pages_XPGE = torch.arange(4 * 3).view(4, 3, 1, 1)
     gathered = gather_entries(pages_XPGE, torch.tensor([[2, 0], [3, 3]]))
     assert gathered.flatten(1).tolist() == [[6, 7, 8, 0, 1, 2], [9, 10, 11, 9, 10, 11]]
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (dict(kv_cache="recursion"), 0),
+        (dict(kv_cache="shared"), 0),
+        (dict(kv_cache="hybrid"), 2),
+        (dict(kv_cache="hybrid", router="none", sharing="middle_sequence"), 2),
+        (dict(kv_cache="hybrid", router="none", num_recursions=1, sharing="none"), 0),
+    ],
+)
+def test_only_hybrid_entries_lie_over_others(config: dict[str, Any], count: int) -> None:
+    store = store_of(**{"router": "expert_choice", **config})
+    assert store.layout.num_overlaying == len(store.overlay_RXP) == count
+
+
+def test_reading_gives_what_lies_over() -> None:
+    """A token of each recursion enters, and then the one of another owner in the place of the first."""
+    pages_XPGE = torch.arange(6 * 2).view(6, 2, 1, 1)
+    entry_RXP = torch.full((2, 6, 2), 77, dtype=torch.int32)
+    table_TX = torch.tensor([[0, 1], [2, 5], [3, 5]])
+
+    def lay(recursion: int, number: int, entry: int) -> None:
+        place = torch.tensor([number])
+        lay_over(entry_RXP, torch.tensor([recursion]), place // 2, place % 2, torch.tensor([entry]))
+
+    def read(recursion: int, length: int) -> list[int]:
+        overlay = Overlay(torch.tensor([recursion]), entry_RXP)
+        reading = Reading.of(table_TX, torch.tensor([0]), 2, torch.tensor([length]), overlay)
+        return reading(pages_XPGE).flatten().tolist()[:length]
+
+    for number, depth in enumerate((3, 1, 2)):
+        for recursion in range(depth):
+            lay(recursion, number, entry=sum(d > recursion for d in (3, 1, 2)[:number]))
+    assert read(0, 3) == [0, 1, 2]
+    assert read(1, 3) == [4, 1, 5]
+    assert read(2, 3) == [6, 1, 2] and read(2, 1) == [6]
+    lay(0, 0, entry=0)
+    assert read(1, 3) == [0, 1, 5] and read(2, 3) == [0, 1, 2]

@@ -21,7 +21,7 @@ class Pool:
     draw: random.Random
     keys: Tensor = field(default_factory=lambda: torch.full((PAGES, ENTRIES, KV_HEADS, SIZE), torch.nan))
     values: Tensor = field(default_factory=lambda: torch.full((PAGES, ENTRIES, KV_HEADS, SIZE), torch.nan))
-    numbers: Tensor = field(default_factory=lambda: torch.randint(0, 99, (PAGES, ENTRIES)))
+    overlay: Tensor = field(default_factory=lambda: torch.randint(0, 999, (2, PAGES, ENTRIES), dtype=torch.int32))
 
     def __post_init__(self) -> None:
         self.free = self.draw.sample(range(PAGES - 1), PAGES - 1)
@@ -30,13 +30,19 @@ class Pool:
     def sequence(self, numbers: list[int], spare: int = 0) -> list[int]:
         """Pages of a new sequence of these tokens, and `spare` more in which nothing was written."""
         pages = [self.free.pop() for _ in range(-(-len(numbers) // ENTRIES) + spare)]
-        for entry, number in enumerate(numbers):
+        for entry in range(len(numbers)):
             at = pages[entry // ENTRIES], entry % ENTRIES
             if at[1] == 0:
                 self.keys[at[0]] = self.values[at[0]] = 0
             self.keys[at], self.values[at] = torch.randn(2, KV_HEADS, SIZE)
-            self.numbers[at] = number
         return pages
+
+    def overlaid(self, pages: list[int], numbers: list[int], recursion: int) -> list[int]:
+        """Pages of a sequence whose entries lie over those of tokens `numbers` of the one that has `pages`."""
+        for number in range(len(pages) * ENTRIES):
+            own = numbers.index(number) if number in numbers else -1
+            self.overlay[recursion - 1, pages[number // ENTRIES], number % ENTRIES] = own
+        return self.sequence(numbers, spare=1)
 
     def entry(self, pages: list[int], entry: int) -> tuple[Tensor, Tensor]:
         at = pages[entry // ENTRIES], entry % ENTRIES
@@ -58,10 +64,9 @@ def expected(pool: Pool, spans: list[Span], query_MHE: Tensor) -> Tensor:
     for span in spans:
         for row, last in zip(range(span.start, span.stop), span.last, strict=True):
             entries = [pool.entry(list(span.pages), entry) for entry in range(last + 1)]
-            for own in range(span.own_entries):
-                at = span.own_pages[own // ENTRIES], own % ENTRIES
-                number = int(pool.numbers[at])
-                if number <= last:
+            for number in range(last + 1 if span.recursion else 0):
+                own = int(pool.overlay[span.recursion - 1, span.pages[number // ENTRIES], number % ENTRIES])
+                if own >= 0:
                     entries[number] = pool.entry(list(span.own_pages), own)
             rows[row] = slow_attention(query_MHE[row], entries)
     return torch.stack([rows[row] for row in sorted(rows)])
@@ -75,17 +80,16 @@ def random_spans(pool: Pool, *, hybrid: bool) -> list[Span]:
         pages = pool.sequence(list(range(length)), spare=draw.randrange(2))
         # Rows of a chunk need not be neighbours: those between them take no part in this recursion.
         last = sorted(draw.sample(range(length), count))
-        own: list[int] = (
-            sorted({*draw.sample(range(length), length // 2), *last}) if hybrid and draw.random() < 0.7 else []
-        )
+        recursion = draw.randrange(3) if hybrid else 0
+        own = sorted({*draw.sample(range(length), length // 2), *last}) if recursion else []
         spans.append(
             Span(
                 start=start,
                 stop=start + count,
                 pages=pages,
                 last=last,
-                own_pages=pool.sequence(own, spare=1) if own else [],
-                own_entries=len(own),
+                recursion=recursion,
+                own_pages=pool.overlaid(pages, own, recursion) if recursion else [],
             )
         )
         start += count
@@ -100,7 +104,7 @@ def test_attention_equals_the_slow_one(seed: int, hybrid: bool) -> None:
     pool = Pool(random.Random(seed))
     spans = random_spans(pool, hybrid=hybrid)
     query_MHE = torch.randn(spans[-1].stop, HEADS, SIZE)
-    scope = PagedScope(spans, ENTRIES, pool.numbers)
+    scope = PagedScope(spans, ENTRIES, pool.overlay)
     keys, values = pool.keys.clone(), pool.values.clone()
     out_MHE = scope.attend(query_MHE, (pool.keys, pool.values))
     torch.testing.assert_close(out_MHE, expected(pool, spans, query_MHE), atol=1e-5, rtol=0)
@@ -114,7 +118,7 @@ def test_the_order_of_spans_is_that_of_rows() -> None:
     first, second = pool.sequence([0, 1]), pool.sequence([0])
     spans = [Span(start=0, stop=2, pages=first, last=[0, 1]), Span(start=2, stop=3, pages=second, last=[0])]
     query_MHE = torch.randn(3, HEADS, SIZE)
-    out_MHE = PagedScope(spans, ENTRIES, pool.numbers).attend(query_MHE, (pool.keys, pool.values))
+    out_MHE = PagedScope(spans, ENTRIES, pool.overlay).attend(query_MHE, (pool.keys, pool.values))
     for row, pages in ((0, first), (2, second)):  # a row that sees one entry gets its value
         value_GE = pool.entry(pages, 0)[1]
         torch.testing.assert_close(out_MHE[row], value_GE.repeat_interleave(HEADS // KV_HEADS, 0))
@@ -125,6 +129,6 @@ def test_half_precision_pages_serve_float32_queries() -> None:
     spans = [Span(start=0, stop=1, pages=pool.sequence([0, 1, 2]), last=[2])]
     query_MHE = torch.randn(1, HEADS, SIZE)
     layer = pool.keys.bfloat16(), pool.values.bfloat16()
-    out_MHE = PagedScope(spans, ENTRIES, pool.numbers).attend(query_MHE, layer)
+    out_MHE = PagedScope(spans, ENTRIES, pool.overlay).attend(query_MHE, layer)
     assert out_MHE.dtype == torch.float32
     torch.testing.assert_close(out_MHE, expected(pool, spans, query_MHE), atol=0.05, rtol=0)

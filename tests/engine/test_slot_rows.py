@@ -12,11 +12,9 @@ import torch
 from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
 from mor.engine.slot_rows import RowProgram
-from tests.engine.test_engine import alike, crowd, options
+from tests.engine.test_engine import ALL_MODELS, alike, crowd, options
 from tests.engine.test_reliability import POISON, poisoned
-from tests.engine.test_slots import MODELS
 from tests.engine.workload import (
-    Job,
     check_against_forward,
     check_all_free,
     engine_of,
@@ -24,7 +22,7 @@ from tests.engine.workload import (
     random_tokens,
     tight_pool,
 )
-from tests.tiny import label, tiny_model
+from tests.tiny import KV_CACHES, label, tiny_model
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
@@ -35,9 +33,9 @@ def rows_of(model: Any, **settings: Any) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("architecture", MODELS, ids=[label({k: str(v) for k, v in a.items()}) for a in MODELS])
+@pytest.mark.parametrize("architecture", ALL_MODELS, ids=[label({k: str(v) for k, v in a.items()}) for a in ALL_MODELS])
 def test_greedy_output_is_the_models(architecture: dict[str, Any]) -> None:
-    number = MODELS.index(architecture)
+    number = ALL_MODELS.index(architecture)
     draw, visits = random.Random(number), 1 + number % 3
     model = tiny_model(**architecture)
     engine = rows_of(model, slot_visits=visits, **options(draw, page_entries=draw.choice([1, 2, 4, 8]), num_pages=900))
@@ -87,20 +85,13 @@ def test_a_batch_ends_with_the_first_request_that_ends() -> None:
     check_all_free(engine)
 
 
-def test_a_hybrid_cache_has_no_slots_and_the_same_tokens() -> None:
-    model, draw = tiny_model(router="expert_choice", kv_cache="hybrid"), random.Random(3)
-    engine = engine_of(model, native=True)
-    assert engine.slots is None
-    jobs = [Job(name=str(n), prompt=random_tokens(draw, 7), params=greedy_params()) for n in range(4)]
-    check_against_forward(model, play(engine, jobs).values())
-
-
 def greedy_params() -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
 
 
-def test_a_row_of_nan_fails_alone() -> None:
-    engine = rows_of(poisoned("recursion"))
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
+def test_a_row_of_nan_fails_alone(kv_cache: str) -> None:
+    engine = rows_of(poisoned(kv_cache))
     outputs = engine.generate([[1, 2, POISON], [3, 4]], greedy_params(), progress=False)
     assert [output.finish_reason for output in outputs] == ["error", "length"]
     check_all_free(engine)

@@ -32,9 +32,7 @@ from tests.engine.workload import (
     random_tokens,
     tight_pool,
 )
-from tests.tiny import BUDGET_ROUTERS, label, tiny_model
-
-MODELS = [architecture for architecture in ALL_MODELS if architecture.get("kv_cache") != "hybrid"]
+from tests.tiny import BUDGET_ROUTERS, KV_CACHES, label, tiny_model
 
 
 def slots_of(model: Any, **settings: Any) -> Engine:
@@ -46,10 +44,10 @@ def slots_of(model: Any, **settings: Any) -> Engine:
 # the same function
 
 
-@pytest.mark.parametrize("architecture", MODELS, ids=[label({k: str(v) for k, v in a.items()}) for a in MODELS])
+@pytest.mark.parametrize("architecture", ALL_MODELS, ids=[label({k: str(v) for k, v in a.items()}) for a in ALL_MODELS])
 def test_greedy_output_is_the_models(architecture: dict[str, Any]) -> None:
     """Arrivals, aborts, prefixes from other requests, preemptions; batches of one visit and of several."""
-    number = MODELS.index(architecture)
+    number = ALL_MODELS.index(architecture)
     draw, visits = random.Random(number), 1 + number % 3
     model = tiny_model(**architecture)
     engine = slots_of(model, slot_visits=visits, **options(draw, page_entries=draw.choice([1, 2, 4, 8]), num_pages=900))
@@ -63,7 +61,7 @@ def test_greedy_output_is_the_models(architecture: dict[str, Any]) -> None:
     check_against_forward(model, [*sharing.values(), *crowded.values()])
 
 
-@pytest.mark.parametrize("kv_cache", ["recursion", "shared"])
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
 @pytest.mark.parametrize("router", BUDGET_ROUTERS)
 def test_each_request_has_its_own_mean_depth(router: str, kv_cache: str) -> None:
     draw, model = random.Random(1), calibrated(router, kv_cache=kv_cache)
@@ -188,8 +186,9 @@ def test_a_stop_string_ends_a_request_inside_a_batch() -> None:
     check_all_free(engine)
 
 
-def test_a_row_of_nan_fails_alone() -> None:
-    model, draw = poisoned("recursion"), random.Random(0)
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
+def test_a_row_of_nan_fails_alone(kv_cache: str) -> None:
+    model, draw = poisoned(kv_cache), random.Random(0)
     stem = tuple(min(token, 62) for token in random_tokens(draw, 36))
     good = [Job(name=f"good-{n}", prompt=(*stem[: 5 + n], n + 1), params=greedy(6), at=n) for n in range(5)]
     bad = [Job(name=f"bad-{n}", prompt=(*stem, 63), params=greedy(6), at=2 * n) for n in range(3)]
@@ -206,7 +205,7 @@ def test_a_row_of_nan_fails_alone() -> None:
 # crowds and failures
 
 
-@pytest.mark.parametrize("kv_cache", ["recursion", "shared"])
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
 def test_a_crowd_on_a_pool_too_small_for_it(kv_cache: str) -> None:
     model, jobs = very_small(router="expert_choice", kv_cache=kv_cache), large_crowd(0, 200)
     settings = dict(page_entries=2, max_requests=16, max_visit_tokens=24, prefill_chunk=8)
@@ -299,7 +298,6 @@ def test_only_the_host_knows_of_more_stop_tokens_than_a_slot_holds(count: int) -
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (dict(router="expert_choice", kv_cache="hybrid"), "this model has 'hybrid'"),
         (dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "not 'dynamic'"),
     ],
 )

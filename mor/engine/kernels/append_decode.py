@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mor.engine import plain_ops
 from mor.engine.kernels.launch import check_heads, check_projection, check_rows, kernel, runs_kernel
 from mor.engine.kernels.paged_decode import NUM_WARPS, SPLIT, TILE, attend_entries, fetch_entries, run_splits
+from mor.engine.kv_store import Overlay
 
 
 @kernel
@@ -50,6 +51,8 @@ def _attend_new(
     table_TX,
     row_N,
     last_N,
+    recursion_N,
+    overlay_RXP,
     out_NHE,
     part_NSHE,
     lse_NSH,
@@ -58,6 +61,7 @@ def _attend_new(
     page_stride,
     entry_stride,
     table_stride,
+    overlay_stride,
     num_splits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -72,10 +76,11 @@ def _attend_new(
     """`attend_entries` with queries still to be rotated. The program of a row's last split first writes the new entry:
     it alone reads it, so a barrier among its own threads is all that must stand between."""
     group, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    strides = page_stride, entry_stride, table_stride, overlay_stride
     if EARLY:
         gdc_launch_dependents()
     if EARLY == 2:
-        seen, strides = (key_XPGE, value_XPGE, table_TX, row_N, last_N), (page_stride, entry_stride, table_stride)
+        seen = key_XPGE, value_XPGE, table_TX, row_N, last_N, recursion_N, overlay_RXP
         fetch_entries(*seen, *strides, SIZE, ENTRIES, SPLIT_ENTRIES, LINE)
     if EARLY:
         gdc_wait()
@@ -93,8 +98,8 @@ def _attend_new(
     query_HE = _rotated(qkv_C, cos_1E, sin_1E, (group * GROUP + in_group_H1) * SIZE, in_group_H1 < GROUP, SIZE)
     if (split + 1) * SPLIT_ENTRIES >= length:
         _write_entry(key_XPGE + entry + group * SIZE, value_XPGE + entry + group * SIZE, key_1E, value_1E, SIZE)
-    seen, out = (key_XPGE, value_XPGE, table_TX, row_N), (out_NHE, part_NSHE, lse_NSH)
-    rest = length, scale, page_stride, entry_stride, table_stride, num_splits
+    seen, out = (key_XPGE, value_XPGE, table_TX, row_N, recursion_N, overlay_RXP), (out_NHE, part_NSHE, lse_NSH)
+    rest = length, scale, page_stride, entry_stride, table_stride, overlay_stride, num_splits
     attend_entries(query_HE, *seen, *out, *rest, HEADS, GROUP, SIZE, ENTRIES, TILE_ENTRIES, SPLIT_ENTRIES, BLOCK_H)
 
 
@@ -111,6 +116,7 @@ def attend_new(
     last_N: Tensor,
     longest: int,
     heads: int,
+    overlay: Overlay | None = None,
     *,
     split: int = SPLIT,
     tile: int = TILE,
@@ -120,14 +126,14 @@ def attend_new(
 ) -> Tensor:
     """`rotate_and_store` and then `attend_pages` in one kernel, bit for bit: see there.
 
-    A row's new entry at (`page_N`, `place_N`) is either the last one that it sees, `last_N`, or one that no row of the
-    call sees, as in a page that belongs to nobody.
+    A row's new entry at (`page_N`, `place_N`) is either the last one that it sees, `last_N` or what lies over it, or
+    one that no row of the call sees, as in a page that belongs to nobody.
     """
     rows, seen = (qkv_NC, cos_NE, sin_NE, page_N, place_N), (key_XPGE, value_XPGE, table_TX, row_N, last_N)
     if not runs_kernel(qkv_NC):
-        return plain_ops.attend_new(*rows, *seen, longest, heads)
+        return plain_ops.attend_new(*rows, *seen, longest, heads, overlay)
     check_projection(qkv_NC, cos_NE, sin_NE, heads, key_XPGE.shape[2])
     check_heads(qkv_NC[:, : heads * cos_NE.shape[1]].unflatten(1, (heads, -1)), key_XPGE, value_XPGE)
     check_rows(qkv_NC, page_N=page_N, place_N=place_N, row_N=row_N, last_N=last_N)
     tuning = split, tile, num_warps, num_stages, early
-    return run_splits(_attend_new, rows, qkv_NC.stride(0), seen, longest, heads, *tuning)
+    return run_splits(_attend_new, rows, qkv_NC.stride(0), seen, overlay, longest, heads, *tuning)

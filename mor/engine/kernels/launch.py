@@ -1,7 +1,7 @@
 """Where the kernels run, and what they ask of their tensors.
 
-Legend: N rows, C channels of the fused projection, X pages, P entries of a page, H query heads, G key/value heads, E
-head size.
+Legend: N rows, R recursions, C channels of the fused projection, X pages, P entries of a page, H query heads, G
+key/value heads, E head size.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+
+from mor.engine.kv_store import Overlay
 
 kernel: Callable[..., Any] = triton.jit
 """Triton's decorator without its types, which know no launch options such as `num_warps`."""
@@ -83,6 +85,23 @@ def check_rows(like: Tensor, **tensors: Tensor) -> None:
                 f"{name} of shape {tuple(tensor.shape)}, strides {tensor.stride()} on {tensor.device} must be "
                 f"contiguous, of {len(like)} rows on {like.device}"
             )
+
+
+def overlay_of(
+    overlay: Overlay | None, like: Tensor, key_XPGE: Tensor
+) -> tuple[tuple[Tensor | None, Tensor | None], int]:
+    """What lies over the entries that rows read, as kernels take it: the rows' recursions and the entries, None for
+    nothing, and the distance from one recursion's to the next. Raises ValueError for what they cannot read."""
+    if overlay is None:
+        return (None, None), 0
+    check_rows(like, recursion_N=overlay.recursion_N)
+    pages, entry_RXP = tuple(key_XPGE.shape[:2]), overlay.entry_RXP
+    if entry_RXP.shape[1:] != pages or not entry_RXP.is_contiguous():
+        raise ValueError(
+            f"overlay of shape {tuple(entry_RXP.shape)} and strides {entry_RXP.stride()} must be contiguous and have "
+            f"one for each entry of {pages[0]} pages of {pages[1]} entries"
+        )
+    return (overlay.recursion_N, entry_RXP), entry_RXP.stride(0)
 
 
 def check_projection(qkv_NC: Tensor, cos_NE: Tensor, sin_NE: Tensor, heads: int, groups: int) -> None:

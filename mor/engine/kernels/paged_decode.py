@@ -20,7 +20,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mor.engine import plain_ops
-from mor.engine.kernels.launch import check_heads, check_rows, kernel, runs_kernel, starts_early
+from mor.engine.kernels.launch import check_heads, check_rows, kernel, overlay_of, runs_kernel, starts_early
+from mor.engine.kernels.places import place_entries
+from mor.engine.kv_store import Overlay
 
 SPLIT = 512
 """Entries of a split. Rounding depends on it, so all calls whose results are to be equal use the same."""
@@ -53,9 +55,12 @@ def fetch_entries(
     table_TX,
     row_N,
     last_N,
+    recursion_N,
+    overlay_RXP,
     page_stride,
     entry_stride,
     table_stride,
+    overlay_stride,
     SIZE: tl.constexpr,
     ENTRIES: tl.constexpr,
     SPLIT_ENTRIES: tl.constexpr,
@@ -66,9 +71,10 @@ def fetch_entries(
     group, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     last = tl.maximum(tl.load(last_N + row).to(tl.int32), 0)
     pages = table_TX + tl.load(row_N + row).to(tl.int64) * table_stride
+    over = recursion_N, overlay_RXP
+    strides = page_stride, entry_stride, table_stride, overlay_stride
     entry_L = tl.minimum(split * SPLIT_ENTRIES + tl.arange(0, SPLIT_ENTRIES), last)
-    page_L = tl.load(pages + entry_L // ENTRIES).to(tl.int64)
-    place_L = page_L * page_stride + (entry_L % ENTRIES) * entry_stride + group * SIZE
+    place_L = place_entries(pages, entry_L, entry_L >= 0, row, *over, *strides, ENTRIES) + group * SIZE
     for first in tl.static_range(0, SIZE, LINE):  # pyright: ignore
         _fetch(key_XPGE + place_L + first)
         _fetch(value_XPGE + place_L + first)
@@ -93,6 +99,8 @@ def attend_entries(
     value_XPGE,
     table_TX,
     row_N,
+    recursion_N,
+    overlay_RXP,
     out_NHE,
     part_NSHE,
     lse_NSH,
@@ -101,6 +109,7 @@ def attend_entries(
     page_stride,
     entry_stride,
     table_stride,
+    overlay_stride,
     num_splits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -118,14 +127,15 @@ def attend_entries(
     is_head = in_group_H < GROUP
     head_HE = (group * GROUP + in_group_H)[:, None] * SIZE + size_E[None, :]
     pages = table_TX + tl.load(row_N + row).to(tl.int64) * table_stride
+    over = recursion_N, overlay_RXP
+    strides = page_stride, entry_stride, table_stride, overlay_stride
     largest_H = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total_H = tl.zeros([BLOCK_H], tl.float32)
     sum_HE = tl.zeros([BLOCK_H, SIZE], tl.float32)
     for first in range(start, stop, TILE_ENTRIES):
         entry_L = first + tl.arange(0, TILE_ENTRIES)
         is_seen_L = entry_L < stop
-        page_L = tl.load(pages + entry_L // ENTRIES, mask=is_seen_L, other=0).to(tl.int64)
-        place_L = page_L * page_stride + (entry_L % ENTRIES) * entry_stride + group * SIZE
+        place_L = place_entries(pages, entry_L, is_seen_L, row, *over, *strides, ENTRIES) + group * SIZE
         place_LE = place_L[:, None] + size_E[None, :]
         key_LE = tl.load(key_XPGE + place_LE, mask=is_seen_L[:, None], other=0.0)
         value_LE = tl.load(value_XPGE + place_LE, mask=is_seen_L[:, None], other=0.0)
@@ -156,6 +166,8 @@ def _attend_split(
     table_TX,
     row_N,
     last_N,
+    recursion_N,
+    overlay_RXP,
     out_NHE,
     part_NSHE,
     lse_NSH,
@@ -164,6 +176,7 @@ def _attend_split(
     page_stride,
     entry_stride,
     table_stride,
+    overlay_stride,
     num_splits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -192,6 +205,8 @@ def _attend_split(
         value_XPGE,
         table_TX,
         row_N,
+        recursion_N,
+        overlay_RXP,
         out_NHE,
         part_NSHE,
         lse_NSH,
@@ -200,6 +215,7 @@ def _attend_split(
         page_stride,
         entry_stride,
         table_stride,
+        overlay_stride,
         num_splits,
         HEADS,
         GROUP,
@@ -259,6 +275,7 @@ def attend_pages(
     row_N: Tensor,
     last_N: Tensor,
     longest: int,
+    overlay: Overlay | None = None,
     *,
     split: int = SPLIT,
     tile: int = TILE,
@@ -266,7 +283,8 @@ def attend_pages(
     num_stages: int | None = None,
     early: bool | None = None,
 ) -> Tensor:
-    """The heads' outputs (N, H, E) of rows that see entries 0..`last_N` of the pages `table_TX[row_N]`.
+    """The heads' outputs (N, H, E) of rows that see entries 0..`last_N` of the pages `table_TX[row_N]`, or what lies
+    over them.
 
     A row of `last_N` -1 sees nothing and gives zeros. `longest`: a bound on every row's number of entries, known to
     the host; it sets the size of the grid and changes no result. Keys and values are views of one pool. `split` (a
@@ -274,11 +292,13 @@ def attend_pages(
     E^-0.5. Raises ValueError for what the kernel cannot read.
     """
     if not runs_kernel(query_NHE):
-        return plain_ops.attend_pages(query_NHE, key_XPGE, value_XPGE, table_TX, row_N, last_N, longest)
+        return plain_ops.attend_pages(query_NHE, key_XPGE, value_XPGE, table_TX, row_N, last_N, longest, overlay)
     check_heads(query_NHE, key_XPGE, value_XPGE)
     check_rows(query_NHE, row_N=row_N, last_N=last_N)
     seen, tuning = (key_XPGE, value_XPGE, table_TX, row_N, last_N), (split, tile, num_warps, num_stages, early)
-    return run_splits(_attend_split, (query_NHE,), query_NHE.stride(0), seen, longest, query_NHE.shape[1], *tuning)
+    return run_splits(
+        _attend_split, (query_NHE,), query_NHE.stride(0), seen, overlay, longest, query_NHE.shape[1], *tuning
+    )
 
 
 def run_splits(
@@ -286,6 +306,7 @@ def run_splits(
     rows: tuple[Tensor, ...],
     row_stride: int,
     seen: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    overlay: Overlay | None,
     longest: int,
     heads: int,
     split: int,
@@ -312,12 +333,13 @@ def run_splits(
     if not num_rows:
         return out_NHE
     shared = dict(HEADS=heads, SIZE=size, SPLIT_ENTRIES=split)
-    strides = row_stride, *key_XPGE.stride()[:2], table_TX.stride(0)
+    over, overlay_stride = overlay_of(overlay, last_N, key_XPGE)
+    strides = row_stride, *key_XPGE.stride()[:2], table_TX.stride(0), overlay_stride
     is_few = num_rows * groups * num_splits <= FEW_PROGRAMS
     fits_split = num_splits == 1
     early = starts_early(last_N) and fits_split if early is None else early
     attend[(groups, num_splits, num_rows)](
-        *(*rows, *seen, out_NHE, part_NSHE, lse_NSH, _LOG2E / size**0.5, *strides, num_splits),
+        *(*rows, *seen, *over, out_NHE, part_NSHE, lse_NSH, _LOG2E / size**0.5, *strides, num_splits),
         **shared,
         GROUP=heads // groups,
         ENTRIES=entries,

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor.engine.kernels.launch import check_heads, check_rows, kernel, runs_kernel
+from mor.engine.kernels.launch import check_heads, check_rows, kernel, overlay_of, runs_kernel
+from mor.engine.kernels.places import place_entries
+from mor.engine.kv_store import Overlay, Reading
 
 TILE_ROWS = 42
 """Most rows of a tile: with three query heads to a group they fill 126 of 128 rows of a matrix product."""
@@ -53,12 +55,15 @@ def _attend_tile(
     table_TX,
     tile_W3,
     last_M,
+    recursion_M,
+    overlay_RXP,
     out_MHE,
     scale,
     query_stride,
     page_stride,
     entry_stride,
     table_stride,
+    overlay_stride,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
@@ -81,14 +86,15 @@ def _attend_tile(
         query_MHE + (row_R * query_stride + head_R * SIZE)[:, None] + size_E[None, :], mask=is_row_R[:, None], other=0.0
     )
     stop = tl.max(last_R, 0) + 1
+    over = first_row, recursion_M, overlay_RXP
+    strides = page_stride, entry_stride, table_stride, overlay_stride
     largest_R = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total_R = tl.zeros([BLOCK_R], tl.float32)
     sum_RE = tl.zeros([BLOCK_R, SIZE], tl.float32)
     for first in range(0, stop, BLOCK_L):
         entry_L = first + tl.arange(0, BLOCK_L)
         is_seen_L = entry_L < stop
-        page_L = tl.load(pages + entry_L // ENTRIES, mask=is_seen_L, other=0).to(tl.int64)
-        place_L = page_L * page_stride + (entry_L % ENTRIES) * entry_stride + group * SIZE
+        place_L = place_entries(pages, entry_L, is_seen_L, *over, *strides, ENTRIES) + group * SIZE
         place_LE = place_L[:, None] + size_E[None, :]
         key_LE = tl.load(key_XPGE + place_LE, mask=is_seen_L[:, None], other=0.0)
         value_LE = tl.load(value_XPGE + place_LE, mask=is_seen_L[:, None], other=0.0)
@@ -113,13 +119,15 @@ def attend_spans(
     table_TX: Tensor,
     tile_W3: Tensor,
     last_M: Tensor,
+    overlay: Overlay | None = None,
     *,
     tile_rows: int = TILE_ROWS,
     block: int = BLOCK_ENTRIES,
     num_warps: int = NUM_WARPS,
     num_stages: int = NUM_STAGES,
 ) -> Tensor:
-    """The heads' outputs (M, H, E) of rows that see entries 0..`last_M` of their sequence's pages.
+    """The heads' outputs (M, H, E) of rows that see entries 0..`last_M` of their sequence's pages, or what lies over
+    them: the rows of a tile are at one recursion.
 
     `tile_W3`: `cut_tiles` of the spans with the same `tile_rows`; tiles of no rows are skipped. Within a tile `last_M`
     may be anything, but rows that see as much as their neighbours waste least. -1 sees nothing: such rows, and those
@@ -127,7 +135,7 @@ def attend_spans(
     `block` changes the rounding. Raises ValueError for what the kernel cannot read.
     """
     if not runs_kernel(query_MHE):
-        return attend_spans_plain(query_MHE, key_XPGE, value_XPGE, table_TX, tile_W3, last_M)
+        return attend_spans_plain(query_MHE, key_XPGE, value_XPGE, table_TX, tile_W3, last_M, overlay)
     check_heads(query_MHE, key_XPGE, value_XPGE)
     check_rows(query_MHE, last_M=last_M)
     if table_TX.stride(1) != 1 or not tile_W3.is_contiguous() or tile_W3.shape[1] != 3:
@@ -139,6 +147,7 @@ def attend_spans(
     out_MHE = torch.zeros(num_rows, heads, size, device=query_MHE.device, dtype=query_MHE.dtype)
     if not len(tile_W3):
         return out_MHE
+    over, overlay_stride = overlay_of(overlay, last_M, key_XPGE)
     _attend_tile[(groups, len(tile_W3))](
         query_MHE,
         key_XPGE,
@@ -146,12 +155,14 @@ def attend_spans(
         table_TX,
         tile_W3,
         last_M,
+        *over,
         out_MHE,
         _LOG2E / size**0.5,
         query_MHE.stride(0),
         key_XPGE.stride(0),
         key_XPGE.stride(1),
         table_TX.stride(0),
+        overlay_stride,
         HEADS=heads,
         GROUP=heads // groups,
         SIZE=size,
@@ -165,7 +176,13 @@ def attend_spans(
 
 
 def attend_spans_plain(
-    query_MHE: Tensor, key_XPGE: Tensor, value_XPGE: Tensor, table_TX: Tensor, tile_W3: Tensor, last_M: Tensor
+    query_MHE: Tensor,
+    key_XPGE: Tensor,
+    value_XPGE: Tensor,
+    table_TX: Tensor,
+    tile_W3: Tensor,
+    last_M: Tensor,
+    overlay: Overlay | None = None,
 ) -> Tensor:
     """What `attend_spans` computes, in float32 and tile by tile. Reads the tiles on the host."""
     heads, size = query_MHE.shape[1:]
@@ -176,8 +193,10 @@ def attend_spans_plain(
         stop = int(last_M[rows].max()) + 1 if count > 0 else 0
         if not stop:
             continue
-        page_X = table_TX[table_row, : -(-stop // entries)].long()
-        key_LGE, value_LGE = (pages[page_X].flatten(0, 1)[:stop].float() for pages in (key_XPGE, value_XPGE))
+        over = None if overlay is None else overlay._replace(recursion_N=overlay.recursion_N[first : first + 1])
+        row_1, stop_1 = (torch.tensor([number], device=query_MHE.device) for number in (table_row, stop))
+        reading = Reading.of(table_TX, row_1, -(-stop // entries), stop_1, over)
+        key_LGE, value_LGE = (reading(pages)[0, :stop].float() for pages in (key_XPGE, value_XPGE))
         seen_ML = torch.arange(stop, device=query_MHE.device) <= last_M[rows, None]
         query_MGJE = query_MHE[rows].float().unflatten(1, (groups, heads // groups))
         score_MGJL = torch.einsum("mgje,lge->mgjl", query_MGJE, key_LGE) * size**-0.5

@@ -5,7 +5,8 @@ counted by every program for itself, from the columns of all slots, which lie to
 change stand before a barrier, as every warp of a program reads for itself.
 
 Legend: S slots, N slots of the visit, C slots that may turn in it, D hidden size, E head size, Q virtual sequences, X
-pages of a sequence, I columns of integers, F columns of floats, A recursions of the block in a visit.
+pages of a sequence, P entries of a page, I columns of integers, F columns of floats, A recursions of the block in a
+visit, R recursions after the first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from mor.engine.kernels.launch import kernel
+from mor.engine.kernels.slot_places import copy_row, place_block, place_outer
 from mor.engine.slot_state import BROKEN, NUM_STOPS, RESTING, Float, Int, Report
 
 _TOKEN, _NUMBER, _RECURSION, _ACTIVE = (
@@ -24,78 +26,6 @@ _DEPTH, _LIVE, _FRESH, _MADE, _LEFT = (
 _TARGET, _STOPS, _GATE = (tl.constexpr(int(c)) for c in (Int.TARGET, Int.STOPS, Float.GATE))
 _NUM_STOPS, _NUM_REPORTS = tl.constexpr(NUM_STOPS), tl.constexpr(len(Report))
 _RESTING, _BROKEN = tl.constexpr(RESTING), tl.constexpr(BROKEN)
-
-
-@kernel
-def _copy_row(source, target, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """`SIZE` numbers that lie together."""
-    place = tl.arange(0, BLOCK)
-    tl.store(target + place, tl.load(source + place, mask=place < SIZE), mask=place < SIZE)
-
-
-@kernel
-def _place(
-    row,
-    number,
-    page,
-    entry,
-    table,
-    last,
-    cos_LE,
-    sin_LE,
-    cos_NE,
-    sin_NE,
-    page_N,
-    entry_N,
-    table_N,
-    last_N,
-    SIZE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """A row's part of `slot_steps.Places`."""
-    _copy_row(cos_LE + number * SIZE, cos_NE + row * SIZE, SIZE, BLOCK_E)
-    _copy_row(sin_LE + number * SIZE, sin_NE + row * SIZE, SIZE, BLOCK_E)
-    tl.store(page_N + row, page)
-    tl.store(entry_N + row, entry)
-    tl.store(table_N + row, table)
-    tl.store(last_N + row, last)
-
-
-@kernel
-def _page(tables_SQX, table, entry, writes, nobodys, WIDTH: tl.constexpr, ENTRIES: tl.constexpr):
-    """The page of a sequence's new entry, nobody's if it is not written."""
-    page = tl.load(tables_SQX + table * WIDTH + tl.minimum(entry // ENTRIES, WIDTH - 1)).to(tl.int64)
-    return tl.where(writes, page, nobodys)
-
-
-@kernel
-def _place_outer(
-    row,
-    slot,
-    number,
-    part,
-    tables_SQX,
-    nobodys,
-    cos_LE,
-    sin_LE,
-    cos_CE,
-    sin_CE,
-    page_C,
-    entry_C,
-    table_C,
-    last_C,
-    RECURSIONS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """Places of the unshared layers, which have an entry of every token, at its number, in the last sequence."""
-    table = slot * (RECURSIONS + 1) + RECURSIONS
-    page = _page(tables_SQX, table, number, part, nobodys, WIDTH, ENTRIES)
-    last = tl.where(part, number, -1)
-    to = cos_CE, sin_CE, page_C, entry_C, table_C, last_C
-    _place(row, number, page, number % ENTRIES, table, last, cos_LE, sin_LE, *to, SIZE, BLOCK_E)
 
 
 @kernel(do_not_specialize=["num_slots", "num_turns", "nobody", "nobodys"])
@@ -158,13 +88,13 @@ def turn_kernel(
         tl.store(ints_CI + row * NUM_INTS + column_I, int_I, mask=column_I < NUM_INTS)
         float_F = tl.load(floats_SF + slot * NUM_FLOATS + column_F, mask=column_F < NUM_FLOATS)
         tl.store(floats_CF + row * NUM_FLOATS + column_F, float_F, mask=column_F < NUM_FLOATS)
-        _copy_row(stream_SD + slot * HIDDEN, x_CD + row * HIDDEN, HIDDEN, BLOCK_D)
+        copy_row(stream_SD + slot * HIDDEN, x_CD + row * HIDDEN, HIDDEN, BLOCK_D)
         if ENTRIES > 0:
             samples = (slot != nobody) & (tl.load(ints_IS + _FRESH * column + slot) == 0)
             number = tl.load(ints_IS + _NUMBER * column + slot)
             known = tables_SQX, nobodys, cos_LE, sin_LE
             to = cos_CE, sin_CE, page_C, entry_C, table_C, last_C
-            _place_outer(row, slot, number, samples, *known, *to, RECURSIONS, WIDTH, ENTRIES, SIZE, BLOCK_E)
+            place_outer(row, slot, number, samples, *known, *to, RECURSIONS, WIDTH, ENTRIES, SIZE, BLOCK_E)
 
 
 @kernel(do_not_specialize=["nobody", "nobodys"])
@@ -220,7 +150,7 @@ def advance_kernel(
         tl.store(lengths_SQ + slot * (RECURSIONS + 1) + RECURSIONS, number + 1, mask=live)
         known = tables_SQX, nobodys, cos_LE, sin_LE
         to = cos_CE, sin_CE, page_C, entry_C, table_C, last_C
-        _place_outer(row, slot, number, live, *known, *to, RECURSIONS, WIDTH, ENTRIES, SIZE, BLOCK_E)
+        place_outer(row, slot, number, live, *known, *to, RECURSIONS, WIDTH, ENTRIES, SIZE, BLOCK_E)
 
 
 @kernel
@@ -263,10 +193,14 @@ def enter_kernel(
     entry_AN,
     table_AN,
     last_AN,
+    recursion_AN,
+    overlay_RXP,
     nobodys,
     column,
-    RUNS_ALL: tl.constexpr,
-    IS_SHARED: tl.constexpr,
+    overlay_stride,
+    READS_FIRST: tl.constexpr,
+    WRITES_OWN: tl.constexpr,
+    OVERLAYING: tl.constexpr,
     TAKEN: tl.constexpr,
     NUM_INTS: tl.constexpr,
     NUM_FLOATS: tl.constexpr,
@@ -289,27 +223,19 @@ def enter_kernel(
         if place >= 0:
             x_D = x_CD + place * HIDDEN
             taken, target = tl.load(taken_C + place).to(tl.int64), tl.load(target_C + place)
-            chosen = taken, target, RUNS_ALL
+            chosen = taken, target, READS_FIRST
             ints, row = ints_CI + place * NUM_INTS, ints_IS + slot
             number, recursion, runs = _returned(ints, row, *chosen, column, NUM_INTS, BLOCK_I)
             tl.store(floats_SF + slot * NUM_FLOATS + _GATE, tl.load(gate_C + place).to(tl.float64))
-            _copy_row(x_D, stream_SD + slot * HIDDEN, HIDDEN, BLOCK_D)
-            _copy_row(x_D, x_SD + slot * HIDDEN, HIDDEN, BLOCK_D)
-    _copy_row(x_D, y_ND + slot * HIDDEN, HIDDEN, BLOCK_D)
+            copy_row(x_D, stream_SD + slot * HIDDEN, HIDDEN, BLOCK_D)
+            copy_row(x_D, x_SD + slot * HIDDEN, HIDDEN, BLOCK_D)
+    copy_row(x_D, y_ND + slot * HIDDEN, HIDDEN, BLOCK_D)
     for each in tl.static_range(TAKEN):  # pyright: ignore
         own = tl.maximum(recursion, 0) if TAKEN == 1 else recursion * 0 + each
-        have = lengths_SQ + slot * SEQUENCES + own
-        entry = tl.load(have)
-        writes, read, last = runs, own, entry
-        if IS_SHARED:
-            writes, read, last = runs & (own == 0), own * 0, number
-        page = _page(tables_SQX, slot * SEQUENCES + own, entry, writes, nobodys, WIDTH, ENTRIES)
-        tl.debug_barrier()
-        tl.store(have, entry + 1, mask=writes)
-        to = cos_ANE, sin_ANE, page_AN, entry_AN, table_AN, last_AN
-        table, last = slot * SEQUENCES + read, tl.where(runs, last, -1)
-        row = each * num_slots + slot
-        _place(row, number, page, entry % ENTRIES, table, last, cos_LE, sin_LE, *to, SIZE, BLOCK_E)
+        known = lengths_SQ, tables_SQX, nobodys, cos_LE, sin_LE
+        to = cos_ANE, sin_ANE, page_AN, entry_AN, table_AN, last_AN, recursion_AN, overlay_RXP, overlay_stride
+        rows = each * num_slots + slot, slot, number, own, runs
+        place_block(*rows, *known, *to, OVERLAYING, READS_FIRST, WRITES_OWN, SEQUENCES, WIDTH, ENTRIES, SIZE, BLOCK_E)
 
 
 @kernel
@@ -344,7 +270,7 @@ def settle_kernel(
     tl.store(ints + _ACTIVE * column, goes_on.to(tl.int64))
     tl.store(floats_SF + slot * NUM_FLOATS + _GATE, tl.load(gate_N + slot).to(tl.float64))
     if runs:
-        _copy_row(merged_ND + slot * merged_stride, stream_SD + slot * HIDDEN, HIDDEN, BLOCK_D)
-        _copy_row(x_ND + slot * x_stride, x_SD + slot * HIDDEN, HIDDEN, BLOCK_D)
+        copy_row(merged_ND + slot * merged_stride, stream_SD + slot * HIDDEN, HIDDEN, BLOCK_D)
+        copy_row(x_ND + slot * x_stride, x_SD + slot * HIDDEN, HIDDEN, BLOCK_D)
     if slot == 0:
         tl.store(visit_1, tl.load(visit_1) + 1)

@@ -81,12 +81,16 @@ class SlotSteps:
         state, geometry = self._state, self._geometry
         y_ND = state.stream.new_empty(slots, state.stream.shape[1])
         places = self._new_places(geometry.taken, slots)
+        overlay_RXP = geometry.overlay_RXP
+        recursion = () if overlay_RXP is None else (self._integers(geometry.taken, slots),)
         enter_kernel[(slots,)](
             *_entering(entering),
             *(state.ints, state.floats, state.stream, state.x, state.lengths, *self._known, y_ND, *places),
-            *(geometry.nobodys, state.ints.stride(1)),
-            RUNS_ALL=geometry.runs_all,
-            IS_SHARED=geometry.is_shared,
+            *(*(recursion or (None,)), overlay_RXP),
+            *(geometry.nobodys, state.ints.stride(1), 0 if overlay_RXP is None else overlay_RXP.stride(0)),
+            READS_FIRST=geometry.reads_first,
+            WRITES_OWN=geometry.writes_own,
+            OVERLAYING=0 if overlay_RXP is None else len(overlay_RXP),
             TAKEN=geometry.taken,
             SEQUENCES=state.tables.shape[1],
             ENTRIES=geometry.block_entries,
@@ -94,7 +98,7 @@ class SlotSteps:
             **self._hidden,
             **self._rotary,
         )
-        return y_ND, [tuple(part[each] for part in places) for each in range(geometry.taken)]
+        return y_ND, [tuple(part[each] for part in (*places, *recursion)) for each in range(geometry.taken)]
 
     def settle(self, slots: int, merged: Merged) -> None:
         state = self._state

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mor.engine.kv_store import Overlay
 from mor.engine.native.library import open_library
 from mor.model.configuration_mor import MorConfig
 
@@ -24,10 +25,11 @@ MOST_ROWS = 64
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _WEIGHTS = "qkv qkv_bias out out_bias gate_up gate_up_bias down down_bias input_norm post_norm keys values".split()
-_TENSORS = "layers x cos sin page place table table_row last scratch".split()
+_TENSORS = "layers x cos sin page place table table_row last recursion overlay scratch".split()
 _SIZES = (
-    "num_layers rows hidden inner heads groups head_size page_entries page_stride table_stride longest threads".split()
-)
+    "num_layers rows hidden inner heads groups head_size page_entries page_stride table_stride overlay_stride longest "
+    "threads"
+).split()
 
 
 class _Layer(ctypes.Structure):
@@ -48,13 +50,14 @@ class _Run(ctypes.Structure):
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What rows see: entries 0..`last_N` of the pages in `table_TX[row_N]`, nothing where `last_N` is -1. `longest`:
-    a bound on entries that one sees."""
+    """What rows see: entries 0..`last_N` of the pages in `table_TX[row_N]`, or what lies over them; nothing where
+    `last_N` is -1. `longest`: a bound on entries that one sees."""
 
     table_TX: Tensor
     row_N: Tensor
     last_N: Tensor
     longest: int
+    overlay: Overlay | None = None
 
 
 class FewRows:
@@ -91,6 +94,7 @@ class FewRows:
         kept = [x_ND, *(t.contiguous() for t in (*rotary, place_N, seen.table_TX, seen.row_N, seen.last_N))]
         x, cos, sin, place, table, table_row, last = (tensor.data_ptr() for tensor in kept)
         page_N = None if page_N is None else page_N.contiguous()
+        recursion_N, entry_RXP = (t.contiguous() for t in seen.overlay) if seen.overlay else (None, None)
         run = _Run(
             layers=ctypes.addressof(self._table(weights, pages)),
             x=x,
@@ -101,6 +105,8 @@ class FewRows:
             table=table,
             table_row=table_row,
             last=last,
+            recursion=None if recursion_N is None else recursion_N.data_ptr(),
+            overlay=None if entry_RXP is None else entry_RXP.data_ptr(),
             num_layers=len(weights),
             rows=x_ND.shape[0],
             hidden=x_ND.shape[1],
@@ -111,6 +117,7 @@ class FewRows:
             page_entries=key.shape[1],
             page_stride=key.stride(0),
             table_stride=seen.table_TX.shape[1],
+            overlay_stride=0 if entry_RXP is None else entry_RXP.stride(0),
             longest=seen.longest,
             threads=torch.get_num_threads(),
             eps=self._eps,

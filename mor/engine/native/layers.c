@@ -38,17 +38,20 @@ typedef struct {
 } Layer;
 
 /* `x` (N, D) becomes the output. `page`, `place` (N,): of new entries; page NULL: none are made. A row sees entries
-0..last of the pages in row `table_row` of `table`; one with last -1 takes no part. `scratch`: see `mor_scratch`. */
+0..last of the pages in row `table_row` of `table`; one with last -1 takes no part. `overlay`, unless NULL: for each
+recursion after the first, and each entry of the first's pages, the entry that lies over it, -1 for none; a row of
+`recursion` r > 0 sees these, in pages that are r rows further in the table. `scratch`: see `mor_scratch`. */
 typedef struct {
     const Layer *layers;
     float *x;
     const float *cos, *sin;
     const int64_t *page, *place;
     const int32_t *table;
-    const int64_t *table_row, *last;
+    const int64_t *table_row, *last, *recursion;
+    const int32_t *overlay;
     float *scratch;
-    int64_t num_layers, rows, hidden, inner, heads, groups, head_size, page_entries, page_stride, table_stride, longest;
-    int64_t threads;
+    int64_t num_layers, rows, hidden, inner, heads, groups, head_size, page_entries, page_stride, table_stride;
+    int64_t overlay_stride, longest, threads;
     float eps;
 } Run;
 
@@ -165,10 +168,17 @@ static float weighted(float *score, int64_t length, float scale) {
     return 1 / sum;
 }
 
+/* Where what a row sees lies: pages of `entries`, `step` floats apart. */
+typedef struct {
+    const float *keys, *values;
+    const int32_t *pages;
+    int64_t page_stride, entries, step;
+} Place;
+
 /* out[h] = share[h] * sum of score[h][l] * value[l] for up to NT heads. */
-static void mixed(const Run *run, const float *values, const int32_t *pages, const float *score, int64_t lds,
-                  int64_t length, int64_t heads, const float *share, float *out) {
-    int64_t e = run->head_size, step = run->groups * e, entries = run->page_entries;
+static void mixed(const Place *place, int64_t e, const float *score, int64_t lds, int64_t length, int64_t heads,
+                  const float *share, float *out) {
+    int64_t step = place->step, entries = place->entries;
     const float *of[NT];
     for (int h = 0; h < NT; h++) of[h] = score + (h < heads ? h : heads - 1) * lds;
     for (int64_t c = 0; c < e; c += W) {
@@ -176,7 +186,7 @@ static void mixed(const Run *run, const float *values, const int32_t *pages, con
         vector sum[NT];
         for (int h = 0; h < NT; h++) sum[h] = (vector){0};
         for (int64_t begin = 0, page = 0; begin < length; begin += entries, page++) {
-            const float *value = values + pages[page] * run->page_stride + c;
+            const float *value = place->values + place->pages[page] * place->page_stride + c;
             int64_t end = begin + entries < length ? begin + entries : length;
             for (int64_t l = begin; l < end; l++, value += step) {
                 vector own;
@@ -196,23 +206,42 @@ static void mixed(const Run *run, const float *values, const int32_t *pages, con
     }
 }
 
+/* Copies of what a row sees, one entry after another: those of a page, and in their stead those that lie over them. */
+static Place copied(const Run *run, const Place *from, int64_t recursion, int64_t length, float *copy) {
+    static const int32_t only = 0;
+    int64_t e = run->head_size, entries = run->page_entries;
+    const int32_t *overlay = run->overlay + (recursion - 1) * run->overlay_stride;
+    const int32_t *own_pages = from->pages + recursion * run->table_stride;
+    for (int64_t l = 0; l < length; l++) {
+        int64_t page = from->pages[l / entries], in_page = l % entries, own = overlay[page * entries + in_page];
+        if (own >= 0) page = own_pages[own / entries], in_page = own % entries;
+        int64_t at = page * from->page_stride + in_page * from->step;
+        memcpy(copy + l * e, from->keys + at, 4 * e);
+        memcpy(copy + (length + l) * e, from->values + at, 4 * e);
+    }
+    return (Place){copy, copy + length * e, &only, 0, length, e};
+}
+
 /* The query heads of one row and key/value head. */
 static void attended(const Run *run, const Layer *layer, int64_t row, int64_t group, const float *query, float *score,
-                     float *out) {
-    int64_t e = run->head_size, entries = run->page_entries, each = run->heads / run->groups;
-    int64_t length = run->last[row] + 1, offset = group * e, step = run->groups * e;
+                     float *copy, float *out) {
+    int64_t e = run->head_size, each = run->heads / run->groups, length = run->last[row] + 1, offset = group * e;
     const int32_t *pages = run->table + run->table_row[row] * run->table_stride;
+    Place place = {layer->keys + offset, layer->values + offset, pages, run->page_stride, run->page_entries,
+                   run->groups * e};
+    if (run->overlay && run->recursion[row]) place = copied(run, &place, run->recursion[row], length, copy);
+    int64_t entries = place.entries;
     float scale = 1 / sqrtf((float)e);
     for (int64_t first = 0; first < each; first += NT) {
         int64_t heads = each - first < NT ? each - first : NT;
         float share[NT];
         for (int64_t begin = 0, page = 0; begin < length; begin += entries, page++) {
             int64_t count = length - begin < entries ? length - begin : entries;
-            const float *keys = layer->keys + pages[page] * run->page_stride + offset;
-            product(query + first * e, e, heads, keys, step, e, 0, count, 0, score + begin, run->longest, 0);
+            const float *keys = place.keys + place.pages[page] * place.page_stride;
+            product(query + first * e, e, heads, keys, place.step, e, 0, count, 0, score + begin, run->longest, 0);
         }
         for (int64_t h = 0; h < heads; h++) share[h] = weighted(score + h * run->longest, length, scale);
-        mixed(run, layer->values + offset, pages, score, run->longest, length, heads, share, out + first * e);
+        mixed(&place, e, score, run->longest, length, heads, share, out + first * e);
     }
 }
 
@@ -239,17 +268,22 @@ static int64_t qkv_size(const Run *run) {
     return (run->heads + (run->page ? 2 * run->groups : 0)) * run->head_size;
 }
 
+/* Floats of scratch memory that a thread needs to copy what a row sees. */
+static int64_t copy_size(const Run *run) { return run->overlay ? 2 * run->longest * run->head_size : 0; }
+
 /* Floats of scratch memory that a run needs. */
 int64_t mor_scratch(const Run *run) {
     int64_t attention = run->heads * run->head_size;
-    return run->rows * (2 * run->hidden + qkv_size(run) + attention + 2 * run->inner + 1) + run->threads * NT * run->longest;
+    return run->rows * (2 * run->hidden + qkv_size(run) + attention + 2 * run->inner + 1) +
+           run->threads * (NT * run->longest + copy_size(run));
 }
 
 void mor_layers(const Run *run) {
     int64_t d = run->hidden, f = run->inner, e = run->head_size, c = qkv_size(run), a = run->heads * e, n = 0;
     float *x = run->scratch, *h = x + run->rows * d, *qkv = h + run->rows * d, *out = qkv + run->rows * c;
     float *both = out + run->rows * a, *scores = both + run->rows * 2 * f;
-    int32_t *taking = (int32_t *)(scores + run->threads * NT * run->longest);
+    float *copies = scores + run->threads * NT * run->longest;
+    int32_t *taking = (int32_t *)(copies + run->threads * copy_size(run));
     for (int64_t row = 0; row < run->rows; row++)
         if (run->last[row] >= 0) {
             memcpy(x + n * d, run->x + row * d, 4 * d);
@@ -259,7 +293,7 @@ void mor_layers(const Run *run) {
 #pragma omp parallel num_threads(run->threads)
     {
         int64_t me = own_number(), parts = num_parts();
-        float *score = scores + me * NT * run->longest;
+        float *score = scores + me * NT * run->longest, *copy = copies + me * copy_size(run);
         for (const Layer *layer = run->layers; layer < run->layers + run->num_layers; layer++) {
 #pragma omp for
             for (int64_t i = 0; i < n; i++) normed(x + i * d, layer->input_norm, d, run->eps, h + i * d);
@@ -270,7 +304,7 @@ void mor_layers(const Run *run) {
 #pragma omp for schedule(dynamic)
             for (int64_t pair = 0; pair < n * run->groups; pair++) {
                 int64_t i = pair / run->groups, group = pair % run->groups, at = group * (run->heads / run->groups) * e;
-                attended(run, layer, taking[i], group, qkv + i * c + at, score, out + i * a + at);
+                attended(run, layer, taking[i], group, qkv + i * c + at, score, copy, out + i * a + at);
             }
             product(out, a, n, layer->out, a, a, bound(d, me, parts), bound(d, me + 1, parts), layer->out_bias, x, d, 1);
 #pragma omp barrier

@@ -30,6 +30,7 @@ from mor.engine.kernels import (
 )
 
 HEADS = dict(HEADS=15, GROUP=3, SIZE=64, ENTRIES=16)
+NO_OVERLAY = dict.fromkeys(("recursion_N", "recursion_M", "recursion_AN", "overlay_RXP"))
 EARLY = dict(launch_pdl=True)
 LINEAR = dict(N=1, PAD_N=1, BLOCK_C=256, BLOCK_F=4, bias_M=None, EARLY=2, MOST=3072, W=4)
 SOME = dict(EARLY=2, FETCHES=True, PAD_N=16, BLOCK_F=16, SLICES=8, BLOCK_C=64, bias_M=None)
@@ -37,13 +38,24 @@ DECODE = dict(TILE_ENTRIES=paged_decode.TILE, SPLIT_ENTRIES=paged_decode.SPLIT, 
 DRAW = dict(SIZE=49152, BLOCK_B=draw.BLOCK, EARLY=True)
 COLUMNS = dict(NUM_INTS=21, NUM_FLOATS=7, BLOCK_I=32, HIDDEN=960, BLOCK_D=1024)
 PLACES = dict(WIDTH=132, ENTRIES=80, SIZE=64, BLOCK_E=64)
+ENTER = dict(SEQUENCES=4, OVERLAYING=0)
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "attend_split": (
+        paged_decode._attend_split,
+        HEADS | DECODE | NO_OVERLAY,
+        dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.NUM_STAGES, enable_fp_fusion=False) | EARLY,
+    ),
+    "attend_split_overlaid": (
         paged_decode._attend_split,
         HEADS | DECODE,
         dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.NUM_STAGES, enable_fp_fusion=False) | EARLY,
     ),
     "attend_new": (
+        append_decode._attend_new,
+        HEADS | DECODE | NO_OVERLAY,
+        dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.FEW_STAGES, enable_fp_fusion=False) | EARLY,
+    ),
+    "attend_new_overlaid": (
         append_decode._attend_new,
         HEADS | DECODE,
         dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.FEW_STAGES, enable_fp_fusion=False) | EARLY,
@@ -54,6 +66,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         EARLY | dict(num_warps=1),
     ),
     "attend_tile": (
+        paged_prefill._attend_tile,
+        HEADS | NO_OVERLAY | dict(BLOCK_R=128, BLOCK_L=paged_prefill.BLOCK_ENTRIES),
+        dict(num_warps=paged_prefill.NUM_WARPS, num_stages=paged_prefill.NUM_STAGES),
+    ),
+    "attend_tile_overlaid": (
         paged_prefill._attend_tile,
         HEADS | dict(BLOCK_R=128, BLOCK_L=paged_prefill.BLOCK_ENTRIES),
         dict(num_warps=paged_prefill.NUM_WARPS, num_stages=paged_prefill.NUM_STAGES),
@@ -83,15 +100,22 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "advance": (slot_kernels.advance_kernel, PLACES | dict(NUM_INTS=21, RECURSIONS=3), dict(num_warps=1)),
     "enter": (
         slot_kernels.enter_kernel,
-        COLUMNS | PLACES | dict(RUNS_ALL=False, IS_SHARED=False, TAKEN=1, SEQUENCES=4),
+        COLUMNS | PLACES | NO_OVERLAY | ENTER | dict(READS_FIRST=False, WRITES_OWN=True, TAKEN=1),
         {},
     ),
     "enter_nobody": (
         slot_kernels.enter_kernel,
         COLUMNS
         | PLACES
-        | dict(RUNS_ALL=True, IS_SHARED=True, TAKEN=3, SEQUENCES=4)
+        | NO_OVERLAY
+        | ENTER
+        | dict(READS_FIRST=True, WRITES_OWN=False, TAKEN=3)
         | dict.fromkeys(("place_N", "ints_CI", "x_CD", "taken_C", "gate_C", "target_C")),
+        {},
+    ),
+    "enter_overlaid": (
+        slot_kernels.enter_kernel,
+        COLUMNS | PLACES | ENTER | dict(READS_FIRST=True, WRITES_OWN=True, TAKEN=1, OVERLAYING=2),
         {},
     ),
     "settle": (slot_kernels.settle_kernel, dict(TAKEN=1, NUM_FLOATS=7, HIDDEN=960, BLOCK_D=1024), {}),
@@ -110,9 +134,9 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 INTEGERS = """
     table_TX row_N last_N tile_W3 last_M page_N place_N top_k_N top_k_NF seed_N index_N mass_NS sums_2NS token_N
     ints_IS ints_CI slot_C token_C target_C visit_1 lengths_SQ page_C entry_C table_C last_C page_AN entry_AN table_AN
-    last_AN
+    last_AN recursion_N recursion_M recursion_AN
 """.split()
-SHORT_INTEGERS = "found_N kept_N above_NS counts_2NS count_RNST tables_SQX reports_K3S".split()
+SHORT_INTEGERS = "found_N kept_N above_NS counts_2NS count_RNST tables_SQX reports_K3S overlay_RXP".split()
 SINGLES = "part_NSHE lse_NSH logprob_N peak_NS total_NS mass_RNST near_NC gate_C logprob_C".split()
 DOUBLES = "temperature_N temperature_NF top_p_NF min_p_N least_N floats_SF floats_CF gate_N".split()
 BITS = "taken_C taken_N".split()
@@ -129,6 +153,7 @@ def type_of(name: str) -> str:
 def compiled(kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> dict[str, int]:
     """Bytes of stack, which spilled registers would take, and how often 16 bytes are read at once."""
     names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
     aligned = [name for name in names if type_of(name).startswith("*") or name.endswith("_stride")]
     source = ASTSource(
         fn=kernel,

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mor.engine.kv_store import Overlay
+
+UNREAD = 10**6
+"""In an overlay where nobody may look."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pages:
@@ -46,12 +51,44 @@ def make_pages(
     return Pages(key_XPGE=pool[:, 1, 0], value_XPGE=pool[:, 1, 1], table_TX=table_TX.to(device))
 
 
-def attend_alone(query_HE: Tensor, pages: Pages, row: int, last: int) -> Tensor:
+def make_overlay(pages: Pages, lengths: list[list[int]]) -> Tensor:
+    """What lies over the entries of sequences (R, X, P): sequence s has `lengths[s][0]` entries and stands in row
+    `s * len(lengths[0])` of the table; those of its recursion r, `lengths[s][r]`, r rows further. The last of them is
+    that of its last token."""
+    recursions, entries = len(lengths[0]) - 1, pages.key_XPGE.shape[1]
+    entry_RXP = torch.full((recursions, *pages.key_XPGE.shape[:2]), UNREAD, dtype=torch.int32)
+    for sequence, (length, *owned) in enumerate(lengths):
+        page_X = pages.table_TX[sequence * (recursions + 1)].tolist()
+        for above, count in enumerate(owned):
+            among = [*torch.randperm(length - 1)[: count - 1].sort().values.tolist(), length - 1]
+            for number in range(length):
+                own = among.index(number) if number in among else -1
+                entry_RXP[above, page_X[number // entries], number % entries] = own
+    return entry_RXP.to(pages.table_TX.device)
+
+
+def overlay_of(entry_RXP: Tensor, recursions: list[int], dtype: torch.dtype) -> Overlay:
+    """Of rows at these recursions."""
+    return Overlay(torch.tensor(recursions, device=entry_RXP.device, dtype=dtype), entry_RXP)
+
+
+def place_of(pages: Pages, row: int, entry: int, over: tuple[Tensor, int] | None = None) -> tuple[int, int]:
+    """Page of an entry, and place in it; `over`: what lies over the entries, and the row's recursion."""
+    entries = pages.key_XPGE.shape[1]
+    at = int(pages.table_TX[row, entry // entries]), entry % entries
+    if over is not None and over[1]:
+        own = int(over[0][over[1] - 1][at])
+        if own >= 0:
+            return int(pages.table_TX[row + over[1], own // entries]), own % entries
+    return at
+
+
+def attend_alone(query_HE: Tensor, pages: Pages, row: int, last: int, over: tuple[Tensor, int] | None = None) -> Tensor:
     """The heads' outputs (H, E) of one query in double precision, from the definition."""
-    entries, groups = pages.key_XPGE.shape[1:3]
+    groups = pages.key_XPGE.shape[2]
     heads, size = query_HE.shape
-    key_LGE = torch.stack([pages.key_XPGE[pages.table_TX[row, n // entries], n % entries] for n in range(last + 1)])
-    value_LGE = torch.stack([pages.value_XPGE[pages.table_TX[row, n // entries], n % entries] for n in range(last + 1)])
+    places = [place_of(pages, row, entry, over) for entry in range(last + 1)]
+    key_LGE, value_LGE = (torch.stack([of[at] for at in places]) for of in (pages.key_XPGE, pages.value_XPGE))
     out_HE = torch.empty(heads, size, dtype=torch.float64, device=query_HE.device)
     for head in range(heads):
         group = head // (heads // groups)

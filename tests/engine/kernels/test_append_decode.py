@@ -12,7 +12,7 @@ from mor.engine import plain_ops
 from mor.engine.kernels.append_decode import attend_new
 from mor.engine.kernels.fused import rotate_and_store
 from mor.engine.kernels.paged_decode import attend_pages
-from tests.engine.kernels.pages import Pages, make_pages
+from tests.engine.kernels.pages import Pages, make_overlay, make_pages, overlay_of, place_of
 
 SMALL = dict(split=32, tile=16)
 NOBODYS = 0
@@ -58,6 +58,37 @@ def test_equals_the_two_kernels(
     assert torch.equal(out_NHE, expected) and bool(expected[:5].any()) and not expected[5].any()
     owned = slice(NOBODYS + 1, None)  # two rows write to nobody's page, in any order
     assert torch.equal(pools[1][2][owned].nan_to_num(nan=9), pools[0][2][owned].nan_to_num(nan=9))
+
+
+def test_a_new_entry_that_lies_over_the_last_one_is_seen(device: torch.device) -> None:
+    """Bit for bit as by two kernels, of one split and of several."""
+    lengths, heads, groups = [[100, 70], [20, 6], [40, 2]], 6, 2
+    pages = make_pages([length for each in lengths for length in each], device=device, groups=groups, width=30)
+    entry_RXP = make_overlay(pages, lengths)
+    rows, lasts, recursions = [0, 2, 4, 4], [99, 19, 39, -1], [1, 1, 0, 0]
+    at = [
+        place_of(pages, row, last, (entry_RXP, recursion)) if last >= 0 else (NOBODYS, 0)
+        for row, last, recursion in zip(rows, lasts, recursions)
+    ]
+    index, seen_index = (
+        [torch.tensor(values, device=device) for values in lists] for lists in ([*zip(*at)], [rows, lasts])
+    )
+    qkv_NC = torch.randn(4, (heads + 2 * groups) * 16, device=device)
+    angle_NE, overlay = 6 * torch.rand(4, 16, device=device), overlay_of(entry_RXP, recursions, torch.int64)
+    rotary, outs = (angle_NE.cos(), angle_NE.sin()), []
+    for one_kernel in (True, False):
+        pool = torch.stack((pages.key_XPGE, pages.value_XPGE), 1).clone()
+        for page, place in at[:3]:
+            pool[page, :, place] = float("nan")
+        seen = pool[:, 0], pool[:, 1], pages.table_TX, *seen_index, 100
+        if one_kernel:
+            outs.append(attend_new(qkv_NC, *rotary, *index, *seen, heads, overlay, **SMALL))
+        else:
+            query_NHE = rotate_and_store(qkv_NC, *rotary, *index, *seen[:2], heads)
+            outs.append(attend_pages(query_NHE, *seen, overlay, **SMALL))
+    assert torch.equal(*outs) and bool(outs[0][:3].isfinite().all()) and bool(outs[0][:3].any())
+    plain = plain_ops.attend_new(qkv_NC, *rotary, *index, *seen, heads, overlay)
+    torch.testing.assert_close(plain, outs[0], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("longest", [100, 400])

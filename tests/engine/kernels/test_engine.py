@@ -17,6 +17,7 @@ ARCHITECTURES: list[dict[str, Any]] = [
     dict(num_recursions=1, sharing="none", num_hidden_layers=3),
     dict(router="expert_choice", num_hidden_layers=5),
     dict(router="token_choice", kv_cache="shared", num_hidden_layers=5),
+    dict(router="expert_choice", kv_cache="hybrid", num_hidden_layers=5),
 ]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mor.engine import plain_ops
-from tests.engine.kernels.pages import Pages, attend_alone, make_pages
+from tests.engine.kernels.pages import Pages, attend_alone, make_overlay, make_pages, overlay_of
 
 pytest.importorskip("triton")
 
@@ -59,6 +59,43 @@ def test_the_twin_equals_the_definition(device: torch.device) -> None:
     index = torch.tensor([0, 1, 0], device=device), torch.tensor([39, 6, -1], device=device)
     out_NHE = plain_ops.attend_pages(query_NHE, pages.key_XPGE, pages.value_XPGE, pages.table_TX, *index, 40)
     torch.testing.assert_close(out_NHE, expected(query_NHE, pages, [0, 1, 0], [39, 6, -1]), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("entries", "index_dtype"), [(16, torch.int64), (5, torch.int32)])
+def test_entries_that_lie_over_others_are_read_in_their_stead(
+    entries: int, index_dtype: torch.dtype, device: torch.device
+) -> None:
+    """At every recursion, by the kernel and its twin, whatever else is read; bit for bit what a row sees elsewhere."""
+    lengths = [[100, 60, 9], [40, 40, 1], [16, 3, 2]]
+    pages = make_pages(
+        [length for each in lengths for length in each],
+        device=device,
+        entries=entries,
+        index_dtype=index_dtype,
+        width=30,
+    )
+    entry_RXP = make_overlay(pages, lengths)
+    rows, lasts, recursions = [0, 3, 0, 6, 0, 3, 0], [99, 39, 99, 15, 50, 20, -1], [1, 2, 0, 1, 2, 1, 0]
+    query_NHE = torch.randn(len(rows), 6, 16, device=device)
+    each = [
+        attend_alone(query_HE, pages, row, last, (entry_RXP, recursion)).to(query_HE.dtype)
+        for query_HE, row, last, recursion in zip(query_NHE[:-1], rows, lasts, recursions)
+    ]
+    seen = pages.key_XPGE, pages.value_XPGE, pages.table_TX
+    index = [torch.tensor(values, device=device, dtype=index_dtype) for values in (rows, lasts)]
+    overlay = overlay_of(entry_RXP, recursions, index_dtype)
+    out_NHE = attend_pages(query_NHE, *seen, *index, 100, overlay, **SMALL)
+    torch.testing.assert_close(out_NHE[:-1], torch.stack(each), atol=2e-5, rtol=1e-4)
+    assert not out_NHE[-1].any()
+    twin_NHE = plain_ops.attend_pages(query_NHE, *seen, *index, 100, overlay)
+    torch.testing.assert_close(twin_NHE, out_NHE, atol=2e-5, rtol=1e-4)
+    without_NHE = attend_pages(query_NHE, *seen, *index, 100, **SMALL)
+    assert [torch.equal(mine, other) for mine, other in zip(out_NHE, without_NHE)] == [r == 0 for r in recursions]
+    alone = [torch.tensor([value], device=device, dtype=index_dtype) for value in (0, 99)]
+    alone_1HE = attend_pages(
+        query_NHE[:1], *seen, *alone, 500, overlay_of(entry_RXP, recursions[:1], index_dtype), **SMALL
+    )
+    assert torch.equal(alone_1HE[0], out_NHE[0])
 
 
 def test_a_row_depends_on_itself_alone(device: torch.device) -> None:
@@ -125,6 +162,13 @@ def test_refuses_what_it_cannot_read(device: torch.device) -> None:
         attend(query_NHE.half(), pages, [0], [3], 4)
     with pytest.raises(ValueError, match="tile=48 must be a power of two"):
         attend(query_NHE, pages, [0], [3], 4, tile=48, split=96)
+    index = torch.zeros(1, device=device, dtype=torch.int32), torch.zeros(1, device=device, dtype=torch.int32)
+    seen = query_NHE, pages.key_XPGE, pages.value_XPGE, pages.table_TX, *index, 4
+    over = torch.zeros(1, *pages.key_XPGE.shape[:2], device=device, dtype=torch.int32)
+    with pytest.raises(ValueError, match="recursion_N of shape"):
+        attend_pages(*seen, overlay_of(over, [1, 1], torch.int64))
+    with pytest.raises(ValueError, match=r"overlay of shape .* 3 pages of 16 entries"):
+        attend_pages(*seen, overlay_of(over[:, :1], [1], torch.int64))
     apart = Pages(key_XPGE=pages.key_XPGE, value_XPGE=pages.value_XPGE.clone(), table_TX=pages.table_TX)
     with pytest.raises(ValueError, match="are not views of one pool"):
         attend(query_NHE, apart, [0], [3], 4)

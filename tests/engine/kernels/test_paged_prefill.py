@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.kernels.pages import attend_alone, make_pages
+from tests.engine.kernels.pages import attend_alone, make_overlay, make_pages, overlay_of
 
 pytest.importorskip("triton")
 
@@ -49,6 +49,25 @@ def test_equals_the_definition(
                 expected_MHE[m] = attend_alone(query_MHE[m], pages, row, lasts[m])
     out_MHE = attend_spans(*given, tile_rows=tile_rows, block=16)
     torch.testing.assert_close(out_MHE, expected_MHE, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(attend_spans_plain(*given), expected_MHE, atol=2e-5, rtol=1e-4)
+
+
+def test_entries_that_lie_over_others_are_read_in_their_stead(device: torch.device) -> None:
+    """Each tile at a recursion of its own."""
+    lengths = [[60, 40, 7], [90, 90, 30]]
+    pages = make_pages([length for each in lengths for length in each], device=device, width=20)
+    entry_RXP = make_overlay(pages, lengths)
+    spans, at = [(0, 5, 0), (5, 16, 3), (16, 20, 0)], [1, 2, 0]
+    tile_W3 = torch.from_numpy(cut_tiles(*zip(*spans), 4)).to(device)
+    lasts = [*range(50, 60, 2), *range(60, 71), *range(4)]
+    last_M, query_MHE = torch.tensor(lasts, device=device), torch.randn(20, 4, 16, device=device)
+    rows = [(row, recursion) for (first, stop, row), recursion in zip(spans, at) for _ in range(first, stop)]
+    overlay = overlay_of(entry_RXP, [recursion for _, recursion in rows], torch.int64)
+    expected_MHE = torch.stack(
+        [attend_alone(query_MHE[m], pages, row, lasts[m], (entry_RXP, r)).float() for m, (row, r) in enumerate(rows)]
+    )
+    given = query_MHE, pages.key_XPGE, pages.value_XPGE, pages.table_TX, tile_W3, last_M, overlay
+    torch.testing.assert_close(attend_spans(*given, tile_rows=4, block=16), expected_MHE, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(attend_spans_plain(*given), expected_MHE, atol=2e-5, rtol=1e-4)
 
 

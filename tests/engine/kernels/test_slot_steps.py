@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,13 +18,16 @@ from mor.engine.slot_state import NOTHING, NUM_STOPS, RESTING, Int, SlotState
 from mor.engine.slot_steps import Entering, Geometry
 from mor.model.configuration_mor import MorConfig
 
-SLOTS, LENGTH, HIDDEN, SIZE, VOCABULARY = 11, 40, 24, 16, 30
+SLOTS, LENGTH, HIDDEN, SIZE, VOCABULARY, NOBODYS = 11, 40, 24, 16, 30, 0
 LAYOUTS: list[dict[str, Any]] = [
     dict(num_recursions=3, sharing="middle_cycle", kv_cache="recursion", router="expert_choice"),
     dict(num_recursions=3, sharing="middle_cycle", kv_cache="shared", router="token_choice"),
+    dict(num_recursions=3, sharing="middle_cycle", kv_cache="hybrid", router="expert_choice"),
     dict(num_recursions=2, sharing="cycle", kv_cache="recursion", router="expert_choice"),
+    dict(num_recursions=2, sharing="cycle", kv_cache="hybrid", router="token_choice"),
     dict(num_recursions=3, sharing="middle_sequence", kv_cache="recursion"),
     dict(num_recursions=3, sharing="middle_sequence", kv_cache="shared"),
+    dict(num_recursions=3, sharing="middle_sequence", kv_cache="hybrid"),
     dict(num_recursions=1, sharing="none"),
 ]
 
@@ -56,22 +60,25 @@ def state_of(config: MorConfig, device: torch.device, seed: int) -> tuple[SlotSt
     state.ints[SLOTS] = 0
     state.floats.copy_(torch.rand(state.floats.shape, generator=generator))
     state.lengths.copy_(draw(LENGTH // 2, *state.lengths.shape))
-    state.tables.copy_(draw(50, *state.tables.shape))
+    pages = 1 + torch.randperm(state.tables.numel(), generator=generator)
+    state.tables.copy_(pages.view_as(state.tables))
     for tensor in (state.stream, state.x):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     state.visit.fill_(1)
     cos_LE, sin_LE = torch.randn(2, LENGTH, SIZE, generator=generator).to(device)
     plan, policy = config.depth_plan, config.kv_cache
+    overlay_RXP = draw(9, layout.num_overlaying, 1 + len(pages), layout.page_entries).int()
     return state, Geometry(
         cos_LE=cos_LE,
         sin_LE=sin_LE,
         num_recursions=plan.num_recursions,
-        nobodys=77,
+        nobodys=NOBODYS,
         block_entries=layout.page_entries,
         outer_entries=layout.outer_entries,
         taken=plan.num_recursions if plan.is_sequence else 1,
-        runs_all=policy != "recursion",
-        is_shared=policy == "shared",
+        reads_first=policy != "recursion",
+        writes_own=policy != "shared",
+        overlay_RXP=overlay_RXP if layout.num_overlaying else None,
     )
 
 
@@ -127,12 +134,20 @@ def test_steps_are_their_twins(device: torch.device, layout: dict[str, Any], tur
             if isinstance(value, Tensor):
                 setattr(twin, name, value.clone())
         state.reports.fill_(NOTHING), twin.reports.fill_(NOTHING)
+        before = None if geometry.overlay_RXP is None else geometry.overlay_RXP.clone()
         ours = visited(SlotSteps(state, geometry), state, slots, turns, seed)
+        if before is not None and geometry.overlay_RXP is not None:
+            ours.append(geometry.overlay_RXP[:, 1 + NOBODYS :])
+            assert not torch.equal(ours[-1], before[:, 1 + NOBODYS :])
+            geometry = replace(geometry, overlay_RXP=before)
         theirs = visited(plain.SlotSteps(twin, geometry), twin, slots, turns, seed)
+        theirs += [] if before is None else [before[:, 1 + NOBODYS :]]
         assert len(ours) == len(theirs)
         assert 2 in ours[0].tolist() or turns < 3
         for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
             assert mine.dtype == other.dtype, number
-            if turns and number == len(ours) - 2:  # reports: nothing is said of slots that did not sample
+            if turns and number == len(ours) - 2 - (
+                before is not None
+            ):  # reports: nothing is said of slots that did not sample
                 mine, other = (torch.where(each[:, :1] == NOTHING, NOTHING, each) for each in (mine, other))
             torch.testing.assert_close(mine, other, rtol=0, atol=0, msg=lambda text, n=number: f"{n}: {text}")

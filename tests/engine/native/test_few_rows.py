@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mor.engine import plain_ops
+from mor.engine.kv_store import Overlay
 from mor.engine.layers import Layers, Pages, Rows
 from mor.engine.native.few_rows import FewRows, Seen, few_rows_for
 from mor.engine.native.library import open_library
@@ -43,15 +44,24 @@ class TableRows:
 
     def attend(self, query_NHE: Tensor, pages: Pages) -> Tensor:
         seen = self.seen
-        return plain_ops.attend_pages(query_NHE, *pages, seen.table_TX, seen.row_N, seen.last_N, seen.longest)
+        index = seen.table_TX, seen.row_N, seen.last_N, seen.longest
+        return plain_ops.attend_pages(query_NHE, *pages, *index, seen.overlay)
 
 
-def random_rows(model: MorForCausalLM, num_rows: int, *, writes: bool) -> TableRows:
-    width = (PAGES - 1) // num_rows
+def random_rows(model: MorForCausalLM, num_rows: int, *, writes: bool, overlaid: bool = False) -> TableRows:
+    """Overlaid, rows of two recursions: half of the entries of each row lie over others that it reads."""
+    tables = 2 if overlaid else 1
+    width = (PAGES - 1) // (num_rows * tables)
     last_N = torch.randint(ENTRIES * width, (num_rows,))
-    number_N = last_N.clone()
-    table_NX = 1 + torch.randperm(num_rows * width).view(num_rows, width).int()
-    page_N = table_NX.gather(1, (last_N // ENTRIES)[:, None])[:, 0].long()
+    number_N, row_N = last_N.clone(), torch.arange(num_rows) * tables
+    table_NX = 1 + torch.randperm(num_rows * tables * width).view(num_rows * tables, width).int()
+    page_N, overlay = table_NX[row_N, last_N // ENTRIES].long(), None
+    if overlaid:
+        entry_1XP = torch.randint(ENTRIES * width, (1, PAGES, ENTRIES), dtype=torch.int32)
+        entry_1XP[torch.rand(entry_1XP.shape) < 0.5] = -1
+        entry_1XP[0, page_N, last_N % ENTRIES] = last_N.int()
+        overlay = Overlay(torch.arange(num_rows) % 2, entry_1XP)
+        page_N = table_NX[row_N + overlay.recursion_N, last_N // ENTRIES].long()
     if num_rows > 2:
         last_N[-2], page_N[-2] = -1, 0
     cos_1NE, sin_1NE = model.model.rotary_emb(torch.empty(1), position_ids=number_N[None])
@@ -60,16 +70,20 @@ def random_rows(model: MorForCausalLM, num_rows: int, *, writes: bool) -> TableR
         page_N=page_N if writes else None,
         place_N=number_N % ENTRIES,
         seen=Seen(
-            table_TX=table_NX, row_N=torch.arange(num_rows), last_N=last_N, longest=int(last_N.max().clamp(min=0)) + 1
+            table_TX=table_NX,
+            row_N=row_N,
+            last_N=last_N,
+            longest=int(last_N.max().clamp(min=0)) + 1,
+            overlay=overlay,
         ),
     )
 
 
-@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize(("writes", "overlaid"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("num_rows", [1, 3, 16])
 @pytest.mark.parametrize("shape", SHAPES, ids=["tiny", "biases", "odd", "large heads"])
 @torch.no_grad()
-def test_layers_are_those_of_pytorch(shape: dict[str, Any], num_rows: int, writes: bool) -> None:
+def test_layers_are_those_of_pytorch(shape: dict[str, Any], num_rows: int, writes: bool, overlaid: bool) -> None:
     """Outputs and pages, on one thread and on two."""
     torch.manual_seed(num_rows)
     model = tiny_model(**shape)
@@ -77,7 +91,7 @@ def test_layers_are_those_of_pytorch(shape: dict[str, Any], num_rows: int, write
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     block, config = list(model.model.recursion.block), model.config
-    rows = random_rows(model, num_rows, writes=writes)
+    rows = random_rows(model, num_rows, writes=writes, overlaid=overlaid)
     pool = torch.randn(PAGES, len(block), 2, ENTRIES, config.num_key_value_heads, config.head_dim)
     x_ND, each = torch.randn(num_rows, config.hidden_size), [rows] * len(block)
     results = []
