@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LISTED = ("mor", "bench", "docs", "tests")
+LISTED = ("mor", "assets", "bench", "docs", "tests")
 WRITTEN = ("bench/results/studies/", "docs/results/")  # by `mor results`
 
 
