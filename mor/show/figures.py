@@ -34,6 +34,9 @@ class Series:
     joined: bool = True
 
 
+HALF_DIGIT = 3.7  # pixels
+
+
 @dataclass(frozen=True, kw_only=True)
 class Frame:
     """A plotting area and its scales: data (x_range, y_range) to pixels, y upwards."""
@@ -173,7 +176,9 @@ def _axes(
         )
     base = frame.height - frame.bottom
     for value in ticks(*frame.x_range, target=4 if narrow else 7):
-        parts.append(f'<text x="{frame.x(value):.1f}" y="{base + 17}" text-anchor="middle">{x_format(value)}</text>')
+        said = x_format(value)
+        x = min(frame.x(value), frame.width - HALF_DIGIT * len(said))  # the last one is not cut at the edge
+        parts.append(f'<text x="{x:.1f}" y="{base + 17}" text-anchor="middle">{said}</text>')
     middle = (frame.left + frame.width - frame.right) / 2
     parts.append(f'<text x="{middle:.1f}" y="{frame.height - 4}" text-anchor="middle">{escape(x_label)}</text>')
     return "".join(parts)
