@@ -68,15 +68,16 @@ def turn_kernel(
 ):
     """The place of one slot, and the slot of one place."""
     row = tl.program_id(0).to(tl.int64)
-    number_N = tl.arange(0, BLOCK_N)
-    is_slot_N = number_N < num_slots
-    live_N = tl.load(ints_IS + _LIVE * column + number_N, mask=is_slot_N, other=0)
-    recursion_N = tl.load(ints_IS + _RECURSION * column + number_N, mask=is_slot_N, other=0)
-    rests_N = ((live_N > 0) & (recursion_N == _RESTING)).to(tl.int32)
-    rests = tl.sum(tl.where(number_N == row, rests_N, 0), 0) > 0
+    live, recursion = tl.load(ints_IS + _LIVE * column + row), tl.load(ints_IS + _RECURSION * column + row)
+    rests = (live > 0) & (recursion == _RESTING)
     if ALL:
         place, slot = row, tl.where(rests, row, nobody)
     else:
+        number_N = tl.arange(0, BLOCK_N)
+        is_slot_N = number_N < num_slots
+        live_N = tl.load(ints_IS + _LIVE * column + number_N, mask=is_slot_N, other=0)
+        recursion_N = tl.load(ints_IS + _RECURSION * column + number_N, mask=is_slot_N, other=0)
+        rests_N = ((live_N > 0) & (recursion_N == _RESTING)).to(tl.int32)
         place = tl.sum(tl.where(number_N < row, rests_N, 0), 0).to(tl.int64)
         slot = tl.sum(((tl.cumsum(rests_N, 0) <= row) & is_slot_N).to(tl.int32), 0).to(tl.int64)
         slot = tl.where(slot < num_slots, slot, nobody)

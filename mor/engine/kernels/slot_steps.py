@@ -18,6 +18,8 @@ from mor.engine.slot_routing import Merged
 from mor.engine.slot_state import SlotState
 from mor.engine.slot_steps import Entering, Geometry, Places, Turning
 
+_LEAST_SLOTS = 128  # that a program counts among: fewer take no less time, and would be compiled for each number
+
 
 class SlotSteps:
     """`mor.engine.slot_steps.SlotSteps` by kernels."""
@@ -58,7 +60,7 @@ class SlotSteps:
             *(slots, turns, state.num_slots, self._geometry.nobodys, state.ints.stride(1)),
             ALL=turns == slots,
             BLOCK_F=triton.next_power_of_2(num_floats),
-            BLOCK_N=triton.next_power_of_2(slots),
+            BLOCK_N=1 if turns == slots else max(_LEAST_SLOTS, triton.next_power_of_2(slots)),
             **self._columns,
             **self._hidden,
             **self._outer,
