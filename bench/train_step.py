@@ -4,12 +4,12 @@
 
 360M dimensions or those of the studies, bfloat16 over float32 weights, random tokens, forward + backward + clipping +
 AdamW. Every arm runs in each round, so that ratios are of one run and their spread is seen. An arm of ours whose name
-ends in `-captured` replays its steps as a CUDA graph; the others run kernel by kernel. Fails on graph breaks, on
-recompilations after the warm-up and on host synchronisations. Prints a table, and one line of JSON last. What small
-models gain from graphs:
+ends in `-captured` replays its steps as a CUDA graph, with padded sets where sets vary; the others run kernel by
+kernel. Fails on graph breaks, on recompilations after the warm-up and on host synchronisations. Prints a table, and one
+line of JSON last. What small models gain from graphs:
 
     python -m bench.train_step --size 6m --rows 32 --length 512 --steps 100 --rounds 1 \
-        --arms vanilla,vanilla-captured,mor-3,mor-3-captured
+        --arms vanilla,vanilla-captured,mor-3,mor-3-captured,mor-3-token,mor-3-token-captured
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from mor.train.compile import compile_layers
 from mor.train.fused_loss import ChunkedLmLoss
 from mor.train.optim import build_optimizer
 from mor.train.options import OptimizerOptions
+from mor.train.padded_sets import VARYING_ROUTERS
 from mor.train.step import DeviceStep, Run
 from mor.train.step_graph import CudaCapture, StepGraph
 from mor.train.window import Window
@@ -121,6 +122,8 @@ def mor_step(name: str, size: str, rows: Tensor) -> Callable[[], Tensor]:
     if config.router == "threshold_choice":
         thresholds, capacities = router.running_thresholds, router.trained_shares
         router.trained_rule = partial(BalancedThresholds, thresholds=thresholds, capacities=capacities)
+    if config.router in VARYING_ROUTERS:
+        router.pads_sets = name.endswith(CAPTURED)
     compile_layers(model)
     run: Run = DeviceStep(
         model=model, optimizer=build_optimizer(model, OptimizerOptions()), dtype=torch.bfloat16, lm_loss=ChunkedLmLoss()

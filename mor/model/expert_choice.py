@@ -51,6 +51,10 @@ class ExpertChoiceRouter(RecursionRouter):
         """Top-k at the capacities of this training forward, which fall along a cosine during warm-up."""
         return TopK(capacities=self.warm_capacities(self.count_forward()))
 
+    @property
+    def warmup_forwards(self) -> int:
+        return self.config.capacity_warmup_steps
+
     def warm_capacities(self, forwards: int) -> list[float]:
         """c + (1 - c) (1 + cos(pi min(1, t / W))) / 2 at training forward t = `forwards`, W the warm-up."""
         steps = self.config.capacity_warmup_steps

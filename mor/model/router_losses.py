@@ -35,7 +35,7 @@ def z_loss(logits_BAR: Tensor, valid_BA: Tensor | None) -> Tensor:
 
 def depth_load(choice_BA: Tensor, num_recursions: int, valid_BA: Tensor | None) -> Tensor:
     """(R,) share of real tokens that chose each depth; `choice` is 0-based."""
-    chosen_BAR = F.one_hot(choice_BA, num_recursions).float()
+    chosen_BAR = (choice_BA[..., None] == torch.arange(num_recursions, device=choice_BA.device)).float()
     return torch.stack([masked_mean(chosen_BAR[..., r], valid_BA) for r in range(num_recursions)])
 
 

@@ -137,6 +137,8 @@ class Router(nn.Module):
     """What all routers share: training's forward counter and the calibration table.
 
     `calibration_mean_depth` (G,) and `calibration_thresholds` (G, R) travel with the weights; NaN is uncalibrated.
+    `pads_sets`: in training a set whose size is a decision has a place for every token alive before it, most of them
+    absent, so that no size is read from the device.
     """
 
     training_forwards: Tensor
@@ -146,6 +148,7 @@ class Router(nn.Module):
     can_budget: bool = False
     rank: int = 0
     num_ranks: int = 1
+    pads_sets: bool = False
 
     def __init__(self, config: MorConfig) -> None:
         super().__init__()
@@ -187,6 +190,16 @@ class Router(nn.Module):
         self._forwards += self.num_ranks
         self.training_forwards.add_(self.num_ranks)  # not filled with the host's: replays of a CUDA graph count too
         return number
+
+    @property
+    def warmup_forwards(self) -> int:
+        """Training forwards from the first one whose rule changes from one to the next."""
+        return 0
+
+    @property
+    def has_padded_sets(self) -> bool:
+        """Whether this forward's sets are padded."""
+        return self.training and self.pads_sets
 
     def _tempered(self, x_BAD: Tensor) -> Tensor:
         """The router's input divided by the temperature."""

@@ -20,7 +20,7 @@ from .configuration_mor import MorConfig
 from .decision import DecisionRule, Threshold, boundary
 from .expert_choice import ExpertChoiceRouter
 from .routing import RecursionRoute, Route, RoutingInput, Scores
-from .token_set import HostCounts, TokenSet, on_device
+from .token_set import HostCounts, TokenSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,9 @@ class ThresholdChoiceRouter(ExpertChoiceRouter):
         )
 
     def _thresholds_now(self) -> Tensor:
-        takes_all = on_device([capacity >= 1 for capacity in self.trained_shares], self.running_thresholds.device)
-        return self.running_thresholds.masked_fill(takes_all, -math.inf)
+        now_R = self.running_thresholds.clone()
+        now_R[: sum(capacity >= 1 for capacity in self.trained_shares)].fill_(-math.inf)  # capacities do not rise
+        return now_R
 
     def begin(self, inputs: RoutingInput) -> Route:
         is_measured = self.training and isinstance(inputs.rule, MeasuredThreshold)
@@ -113,11 +114,14 @@ class ThresholdRoute(RecursionRoute):
         if router.trained_shares[recursion] >= 1:
             self.add_losses(scores, keep_BA, valid_BA, weight)
             return TokenSet(valid_BK=valid_BA)
-        counts = HostCounts(keep_BA.sum(1).amax().reshape(1))
+        counts = None if router.has_padded_sets else HostCounts(keep_BA.sum(1).amax().reshape(1))
         found = router.measure(recursion, score_BA, valid_BA, self._expected(recursion))
         self.add_losses(scores, score_BA >= found, valid_BA, weight)
-        # At least one place, absent if need be: every process then uses, and has gradients for, the same weights.
-        return TokenSet.from_mask(keep_BA, max(1, counts.places(0, score_BA.shape[1], is_training=True)))
+        size = score_BA.shape[1]
+        if counts is not None:
+            # At least one place, absent if need be: every process then uses, and has gradients for, the same weights.
+            size = max(1, counts.places(0, size, is_training=True))
+        return TokenSet.from_mask(keep_BA, size)
 
     def _loss_weight(self, recursion: int, valid_BA: Tensor | None) -> Tensor | float:
         """Alive tokens over those that the capacities let expect. Losses, means over the alive, become means over a

@@ -112,6 +112,10 @@ class TokenChoiceRouter(Router):
         self.load_bias.zero_()
         return DepthRule(bias=torch.tensor(self.extreme_thresholds(self.num_recursions), device=self.load_bias.device))
 
+    @property
+    def warmup_forwards(self) -> int:
+        return self.config.balancing_warmup_steps
+
     def read(self, x_BTD: Tensor) -> Tensor:
         """Logits (B, T, R)."""
         return self.head(self._tempered(x_BTD))  # type: ignore[no-any-return]
@@ -172,9 +176,12 @@ class TokenRoute:
     gate_BT: Tensor
     logits_BTR: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
+    _counts: HostCounts | None = None
 
     def __post_init__(self) -> None:
         """Send the sizes of all recursions to the host while the first one runs."""
+        if self.router.has_padded_sets:
+            return
         valid_BT = self.inputs.tokens.valid_BK
         levels = torch.arange(self.router.num_recursions, device=self.depth_BT.device)
         taken_BTR = self.depth_BT[..., None] >= levels
@@ -186,8 +193,9 @@ class TokenRoute:
         rule = self.inputs.rule
         assert isinstance(rule, DepthRule)
         depth_BA = alive.gather(self.depth_BT)
-        most, is_training = depth_BA.shape[1], self.router.training
-        size = self._counts.places(recursion, most, is_training=is_training) if recursion else None
+        size = depth_BA.shape[1]
+        if self._counts is not None and recursion:
+            size = self._counts.places(recursion, size, is_training=self.router.training)
         chosen = rule.choose(recursion, depth_BA, alive.valid_BK, self.inputs.num_tokens, size)
         gate_BK = alive.compose(chosen).gather(self.gate_BT)
         if recursion > 0:

@@ -23,6 +23,7 @@ from mor.model.layers import MorDecoderLayer
 from mor.model.modeling_mor import MorForCausalLM
 from mor.model.routing import RecursionRouter
 from mor.model.token_choice import TokenChoiceRouter
+from mor.train.padded_sets import VARYING_ROUTERS, has_padded_sets
 
 COMPILED: dict[type[nn.Module], tuple[str, ...]] = {
     MorModel: ("normed",),
@@ -30,7 +31,6 @@ COMPILED: dict[type[nn.Module], tuple[str, ...]] = {
     RecursionRouter: ("read", "advance"),
     TokenChoiceRouter: ("read",),
 }
-VARYING_ROUTERS = ("token_choice", "threshold_choice")  # scores decide how many tokens take a recursion
 NUMBERS_OF_TOKENS = 64  # that one function may be compiled for in a process, which may train several models
 # What the layers around keep anyway is all that these need to run again in the backward pass.
 RECOMPUTED = ("advance",)
@@ -42,7 +42,7 @@ def compile_layers(model: MorForCausalLM) -> None:
     Evaluation runs as before: its sets of tokens differ from batch to batch. Where training's do so too, the code is
     compiled for any number of tokens.
     """
-    dynamic = has_varying_sets(model.config)
+    dynamic = has_varying_sets(model.config) and not has_padded_sets(model)
     dynamo.recompile_limit = max(dynamo.recompile_limit, NUMBERS_OF_TOKENS)
     for module in model.modules():
         for kind, names in COMPILED.items():
@@ -63,7 +63,7 @@ def forget_compiled(config: MorConfig) -> None:
 
 
 def has_varying_sets(config: MorConfig) -> bool:
-    """Whether the number of tokens at a recursion changes from one training step to the next."""
+    """Whether the number of tokens at a recursion changes from one training step to the next, unless it is padded."""
     return config.router in VARYING_ROUTERS or config.capacity_warmup_steps > 0
 
 

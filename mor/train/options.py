@@ -126,8 +126,9 @@ class TrainingOptions:
             `float32`.
         reshard_after_forward: whether `fsdp` frees them again until the backward pass.
         compile: run the layers compiled by torch.compile. None: on CUDA.
-        cuda_graph: replay whole steps as one CUDA graph (see `mor.train.step_graph`). None: where it can be done and
-            its memory is a small part of the device's.
+        cuda_graph: replay whole steps as one CUDA graph (see `mor.train.step_graph`); token-choice and threshold-choice
+            then compute padded sets (see `mor.train.padded_sets`). None: where it can be done, its memory is a small
+            part of the device's, and padding takes less time than it saves.
         gradient_checkpointing: recompute activations in the backward pass.
         official_aux_loss_scale: multiply the coefficient of the router's auxiliary loss by
             `gradient_accumulation_steps`, as the authors' code does without meaning to: its published 0.001 acted as

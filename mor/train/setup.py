@@ -27,7 +27,7 @@ from mor.train.precision import choose_device, choose_precision
 from mor.train.ranks import Ranks
 from mor.train.run_folder import check_same_options
 from mor.train.state import TrainingState
-from mor.train.step_graph import check_cuda_graph
+from mor.train.step_graph import check_cuda_graph, choose_sets
 from mor.train.validation import Validator, trained_mean_depth
 from mor.train.window import Window
 
@@ -50,6 +50,7 @@ def build_run(
     model = load_model(options, model_config(options, shards), checkpoint)
     parallel = choose_parallel(options.training, ranks, model.config, device=device, dtype=dtype)
     check_cuda_graph(options.training, model.config, device, ranks)
+    choose_sets(options.training, model, device, dtype, ranks)
     parallel.place(model, device)
     random_state.seed_rank(options.training.seed, ranks.rank)
     state = TrainingState(

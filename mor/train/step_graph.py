@@ -22,9 +22,10 @@ import torch
 from mor.data.loader import Batch
 from mor.model.configuration_mor import MorConfig
 from mor.model.modeling_mor import MorForCausalLM
-from mor.train.compile import VARYING_ROUTERS
 from mor.train.optim import capturable, keep_learning_rates_on
 from mor.train.options import TrainingOptions
+from mor.train.pace import matmul_ceiling
+from mor.train.padded_sets import VARYING_ROUTERS, has_padded_sets, should_pad
 from mor.train.parallel import micro_batches
 from mor.train.ranks import Ranks
 from mor.train.state import TrainingState
@@ -169,7 +170,6 @@ def obstacle(options: TrainingOptions, config: MorConfig, device: torch.device, 
     reasons = {
         f"the device is {device}": device.type != "cuda",
         f"{ranks.size} processes train together": ranks.size > 1,
-        f"the sets of tokens of router={config.router!r} vary": config.router in VARYING_ROUTERS,
         "router='fixed' copies its depths from the host": config.router == "fixed",
         f"rope_type={rope!r} reads positions from the device": rope in ("dynamic", "longrope"),
         "gradient_checkpointing keeps states of random generators": options.gradient_checkpointing,
@@ -184,24 +184,36 @@ def check_cuda_graph(options: TrainingOptions, config: MorConfig, device: torch.
         raise ValueError(f"cuda_graph=True is impossible: {why}; leave it unset")
 
 
+def choose_sets(
+    training: TrainingOptions, model: MorForCausalLM, device: torch.device, dtype: torch.dtype, ranks: Ranks
+) -> None:
+    """Let a router pad its sets where its steps are then to be replayed. To be called before layers are compiled."""
+    router = model.model.recursion.router
+    if router is not None and obstacle(training, model.config, device, ranks) is None:
+        router.pads_sets = should_pad(training, model.config, functools.partial(matmul_ceiling, device, dtype))
+
+
 def choose_run(state: TrainingState, tell: Callable[[str], None]) -> Run:
     """How the device is brought to take the steps of a run; `tell` hears why it is not by a graph on CUDA."""
     training, step = state.options.training, device_step(state)
     why = obstacle(training, state.model.config, state.device, state.parallel.ranks)
     if training.cuda_graph is False or state.device.type != "cuda":
         return step
+    router = state.model.config.router
+    if why is None and router in VARYING_ROUTERS and not has_padded_sets(state.model):
+        why = f"with sets of one size, router={router!r} would compute for longer than launching takes"
     if why is not None:
         tell(_without(why))
         return step
     capture = CudaCapture(state.device, share=1.0 if training.cuda_graph else MEMORY_SHARE)
-    left = capacity_warmup_steps_left(state.model, micro_batches(training, state.parallel.ranks))
+    left = warmup_steps_left(state.model, micro_batches(training, state.parallel.ranks))
     return StepGraph(step, capture, eager_steps=left + EAGER_STEPS, tell=tell)
 
 
-def capacity_warmup_steps_left(model: MorForCausalLM, forwards_per_step: int) -> int:
-    """Steps until the numbers of active tokens no longer change."""
+def warmup_steps_left(model: MorForCausalLM, forwards_per_step: int) -> int:
+    """Steps until the router's rule no longer changes from forward to forward."""
     router = model.model.recursion.router
     if router is None:
         return 0
-    left = model.config.capacity_warmup_steps - int(router.training_forwards)
+    left = router.warmup_forwards - int(router.training_forwards)
     return max(0, -(-left // forwards_per_step))

@@ -51,7 +51,7 @@ def test_a_run_trains_and_resumes(tmp_path, shards, model, precision):
 )
 def test_training_waits_for_the_device_only_when_it_reports(tmp_path, shards, model, documents):
     """Between log lines no value is read from the device; rows are long enough for the block-sparse kernels."""
-    settings = {"device": "cuda", "sequence_length": 512, "evaluation_tokens": 0}
+    settings = {"device": "cuda", "sequence_length": 512, "evaluation_tokens": 0, "cuda_graph": False}
     state, _ = build_run(tiny_options(tmp_path, shards, model=model, data={"document_masking": documents}, **settings))
     state.model.train()
     for _ in range(2):  # the second may compile for another number of tokens
