@@ -193,7 +193,7 @@ class Router(nn.Module):
 
     @property
     def warmup_forwards(self) -> int:
-        """Training forwards from the first one whose rule changes from one to the next."""
+        """How many of the first training forwards have rules of their own; the later ones share one."""
         return 0
 
     @property

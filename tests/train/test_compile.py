@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mor.train.compile import NUMBERS_OF_TOKENS, forget_compiled, has_varying_sets
-from tests.tiny import tiny_config
+from mor.train.compile import NUMBERS_OF_TOKENS, compile_layers, forget_compiled, has_varying_sets
+from tests.tiny import tiny_config, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,21 @@ def test_compiled_code_goes_when_it_would_not_serve_the_next_run(monkeypatch, se
     assert bool(resets) == forgets
     assert counters["stats"]["unique_graphs"] == (0 if forgets else graphs)
     assert has_varying_sets(config) == (forgets and graphs == 1)
+
+
+@pytest.mark.parametrize(
+    ("router", "warmup", "pads", "dynamic"),
+    [
+        ("expert_choice", 0, False, False),
+        ("expert_choice", 3, False, True),
+        ("token_choice", 0, False, True),
+        ("token_choice", 0, True, False),
+        ("threshold_choice", 3, True, False),
+    ],
+)
+def test_code_is_for_any_number_of_tokens_where_it_varies(monkeypatch, router, warmup, pads, dynamic):
+    model, asked = tiny_model(router=router, capacity_warmup_steps=warmup), set()
+    model.model.recursion.router.pads_sets = pads
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.add(options["dynamic"]) or function)
+    compile_layers(model)
+    assert asked == {dynamic}

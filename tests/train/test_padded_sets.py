@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mor.model import token_set
+from mor.train import setup, step_graph
 from mor.train.options import TrainingOptions
 from mor.train.padded_sets import has_padded_sets, launch_seconds, padded_seconds, should_pad
 from mor.train.ranks import Ranks
@@ -107,6 +108,16 @@ def test_a_word_decides_and_only_routers_that_vary_are_asked():
     assert should_pad(TrainingOptions(cuda_graph=True), large, unmeasured)
     assert not should_pad(TrainingOptions(cuda_graph=False), study()[1], unmeasured)
     assert not should_pad(TrainingOptions(), tiny_config(router="expert_choice"), unmeasured)
+
+
+def test_a_run_that_asks_for_a_graph_has_its_layers_compiled_for_padded_sets(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(step_graph, "obstacle", lambda *given: None)
+    padded = []
+    monkeypatch.setattr(setup, "compile_layers", lambda model: padded.append(has_padded_sets(model)))
+    for asked in (True, False):
+        options = tiny_options(tmp_path, shards, model={"router": "token_choice"}, compile=True, cuda_graph=asked)
+        build_run(options)
+    assert padded == [True, False]
 
 
 def test_nothing_is_padded_without_a_graph():
