@@ -12,7 +12,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mor.data.build import num_cores
-from mor.model.configuration_mor import MorConfig
 from mor.study.grid import StudyRun
 from mor.study.places import Places
 
@@ -46,7 +45,7 @@ def work(pipe: Connection, places: Places, device: str | None, jobs: int) -> Non
         pipe.send(answer)
         if answer.kind != "done":
             return
-        _clear(run)
+        _clear()
         pipe.send(Word(kind="ready"))
 
 
@@ -71,13 +70,13 @@ def _prepare(jobs: int) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def _clear(run: StudyRun) -> None:
+def _clear() -> None:
     """Forget a run's memory, and of its compiled code what would not serve the next."""
     import torch
 
     from mor.train.compile import forget_compiled
 
-    forget_compiled(MorConfig(**run.options.model))
+    forget_compiled()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -36,6 +36,12 @@ NUMBERS_OF_TOKENS = 64  # that one function may be compiled for in a process, wh
 RECOMPUTED = ("advance",)
 
 
+class _Kept:
+    """What this process has compiled. `serves_any`: some of it is for any number of tokens."""
+
+    serves_any = False
+
+
 def compile_layers(model: MorForCausalLM) -> None:
     """Let the layers of a model in training mode run compiled, without graph breaks.
 
@@ -44,22 +50,24 @@ def compile_layers(model: MorForCausalLM) -> None:
     """
     dynamic = has_varying_sets(model.config) and not has_padded_sets(model)
     dynamo.recompile_limit = max(dynamo.recompile_limit, NUMBERS_OF_TOKENS)
+    _Kept.serves_any |= dynamic
     for module in model.modules():
         for kind, names in COMPILED.items():
             for name in names if isinstance(module, kind) else ():
                 setattr(module, name, _in_training(module, name, dynamic))
 
 
-def forget_compiled(config: MorConfig) -> None:
-    """Forget compiled code after a run of `config` in a process that trains several.
+def forget_compiled() -> None:
+    """Forget compiled code after a run in a process that trains several.
 
     It stays where the next run may use it. Code for any number of tokens goes: it would serve a run of a fixed number
     too, and is slower. So does much code, as there is a limit to what one function may be compiled for.
     """
     stats = torch._dynamo.utils.counters["stats"]
-    if has_varying_sets(config) or stats["unique_graphs"] > NUMBERS_OF_TOKENS // 2:
+    if _Kept.serves_any or stats["unique_graphs"] > NUMBERS_OF_TOKENS // 2:
         torch.compiler.reset()
         stats.clear()
+        _Kept.serves_any = False
 
 
 def has_varying_sets(config: MorConfig) -> bool:

@@ -2,28 +2,38 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mor.train.compile import NUMBERS_OF_TOKENS, compile_layers, forget_compiled, has_varying_sets
-from tests.tiny import tiny_config, tiny_model
+from mor.train.compile import NUMBERS_OF_TOKENS, compile_layers, forget_compiled
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    forget_compiled()
 
 
 @pytest.mark.parametrize(
-    ("settings", "graphs", "forgets"),
+    ("settings", "pads", "graphs", "forgets"),
     [
-        ({"router": "expert_choice"}, NUMBERS_OF_TOKENS // 2, False),
-        ({"router": "expert_choice"}, NUMBERS_OF_TOKENS // 2 + 1, True),
-        ({"router": "token_choice"}, 1, True),
-        ({"router": "expert_choice", "capacity_warmup_steps": 3}, 1, True),
-        ({}, 1, False),
+        ({"router": "expert_choice"}, False, NUMBERS_OF_TOKENS // 2, False),
+        ({"router": "expert_choice"}, False, NUMBERS_OF_TOKENS // 2 + 1, True),
+        ({"router": "token_choice"}, False, 1, True),
+        ({"router": "token_choice"}, True, 1, False),
+        ({"router": "expert_choice", "capacity_warmup_steps": 3}, False, 1, True),
     ],
 )
-def test_compiled_code_goes_when_it_would_not_serve_the_next_run(monkeypatch, settings, graphs, forgets):
-    config, resets = tiny_config(**settings), []
+def test_compiled_code_goes_when_it_would_not_serve_the_next_run(monkeypatch, settings, pads, graphs, forgets):
+    model, resets = tiny_model(**settings), []
+    model.model.recursion.router.pads_sets = pads
+    compile_layers(model)
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
     monkeypatch.setitem(counters["stats"], "unique_graphs", graphs)
-    forget_compiled(config)
+    forget_compiled()
     assert bool(resets) == forgets
     assert counters["stats"]["unique_graphs"] == (0 if forgets else graphs)
-    assert has_varying_sets(config) == (forgets and graphs == 1)
+    forget_compiled()
+    assert len(resets) == forgets  # once is enough
 
 
 @pytest.mark.parametrize(
