@@ -93,7 +93,7 @@ class _Record:
 
     def add(self, scores: TokenScores, rows_BT: Tensor) -> None:
         on_host = TokenScores(**{name: value.cpu() for name, value in vars(scores).items()})
-        self._tally.add(on_host, self._token_bytes[rows_BT], self._config)
+        self._tally.add(on_host, self._token_bytes[rows_BT])
         self._nll.append(on_host.nll_BT[:, 1:])
         self._depths.append(on_host.depths_BT[:, :-1])
 
@@ -108,7 +108,7 @@ class _Record:
         )
 
     def evaluation(self, decision: str, budget: float | None, other: _Record | None) -> Evaluation:
-        quality, tokens = self._tally.quality(decision, budget), self.tokens()
+        quality, tokens = self._tally.quality(decision, budget, self._config), self.tokens()
         total = describe("all", tokens)
         errors = {"nll_error": total.nll_error, "bits_per_byte_error": total.bits_per_byte_error}
         return Evaluation(

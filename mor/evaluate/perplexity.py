@@ -76,11 +76,11 @@ def measure_quality(
     """
     tallies = [QualityTally(num_recursions=model.config.num_recursions) for _ in budgets]
     for rows_BT in batches:
-        rows_BT = rows_BT.to(model.device)
+        bytes_BT, rows_BT = token_bytes.cpu()[rows_BT.cpu()].to(model.device), rows_BT.to(model.device)
         for tally, budget in zip(tallies, budgets, strict=True):
             scores = score_tokens(model, rows_BT, decision=decision, mean_depth=budget, end_of_text=end_of_text)
-            tally.add(scores, token_bytes.to(rows_BT.device)[rows_BT], model.config)
-    return [tally.quality(decision, budget) for tally, budget in zip(tallies, budgets, strict=True)]
+            tally.add(scores, bytes_BT)
+    return [tally.quality(decision, budget, model.config) for tally, budget in zip(tallies, budgets, strict=True)]
 
 
 def token_byte_lengths(tokenizer: Any) -> Tensor:
@@ -101,68 +101,73 @@ def token_byte_lengths(tokenizer: Any) -> Tensor:
 
 @dataclass(kw_only=True)
 class QualityTally:
-    """Running sums of one budget's scores, and the quality they amount to."""
+    """Sums of one budget's scores, and the quality they amount to. They stay on the scores' device until they are asked
+    for, so that it is not waited for after every batch."""
 
     num_recursions: int
-    row_sums: list[float] = field(default_factory=list)
-    row_counts: list[int] = field(default_factory=list)
-    num_bytes: int = 0
-    num_inputs: int = 0
-    kv: float = 0.0
-    flops: float = 0.0
+    row_sums: list[Tensor] = field(default_factory=list)
+    row_counts: list[Tensor] = field(default_factory=list)
+    row_bytes: list[Tensor] = field(default_factory=list)
+    levels: list[Tensor] = field(default_factory=list)
+    active: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        levels = self.num_recursions + 1
-        self.depth_inputs = torch.zeros(levels, dtype=torch.int64)
-        self.depth_counts = torch.zeros(levels, dtype=torch.int64)
-        self.depth_sums = torch.zeros(levels, dtype=torch.float64)
-
-    def add(self, scores: TokenScores, bytes_BT: Tensor, config: Any) -> None:
+    def add(self, scores: TokenScores, bytes_BT: Tensor) -> None:
         """Take in the scores of rows (B, T) and the bytes of their tokens."""
-        nll_BT, counted_BT = scores.nll_BT.double(), scores.counted_BT
-        self.row_sums += nll_BT.sum(1).tolist()
-        self.row_counts += counted_BT.sum(1).tolist()
-        self.num_bytes += int(bytes_BT[counted_BT].sum())
-        self.num_inputs += counted_BT.numel()
-        levels = self.num_recursions + 1
-        self.depth_inputs += torch.bincount(scores.depths_BT.flatten(), minlength=levels).cpu()
-        predictors = scores.depths_BT[:, :-1][counted_BT[:, 1:]]
-        self.depth_counts += torch.bincount(predictors, minlength=levels).cpu()
-        predicted = nll_BT[:, 1:][counted_BT[:, 1:]]
-        self.depth_sums += torch.bincount(predictors, weights=predicted, minlength=levels).cpu()
-        self._add_costs(scores.depths_BT, config)
+        nll_BT, counted_BT, depths_BT = scores.nll_BT.double(), scores.counted_BT, scores.depths_BT
+        self.row_sums.append(nll_BT.sum(1))
+        self.row_counts.append(counted_BT.sum(1))
+        self.row_bytes.append((bytes_BT * counted_BT).sum(1))
+        at_level = [depths_BT == depth for depth in range(self.num_recursions + 1)]
+        predictors = [level[:, :-1] & counted_BT[:, 1:] for level in at_level]
+        sums = [
+            torch.stack([level.sum(), of.sum(), (nll_BT[:, 1:] * of).sum()])
+            for level, of in zip(at_level, predictors, strict=True)
+        ]
+        self.levels.append(torch.stack(sums))
+        active_RB = torch.stack([(depths_BT > r).sum(1) for r in range(self.num_recursions)])
+        self.active.append((depths_BT.shape[1], active_RB))
 
-    def _add_costs(self, depths_BT: Tensor, config: Any) -> None:
-        length = depths_BT.shape[1]
-        active_BR = torch.stack([(depths_BT > r).sum(1) for r in range(self.num_recursions)], dim=1)
-        for active in active_BR.tolist():
-            self.kv += kv_bytes(config, active, num_tokens=length)
-            self.flops += complete_flops(config, length, active=active)
-
-    def quality(self, decision: str, requested: float | None) -> Quality:
+    def quality(self, decision: str, requested: float | None, config: Any) -> Quality:
         """Of all rows so far. Raises ValueError when they have no predicted tokens."""
-        total, count = math.fsum(self.row_sums), sum(self.row_counts)
+        sums, counts = (_joined(parts).tolist() for parts in (self.row_sums, self.row_counts))
+        total, count = math.fsum(sums), sum(counts)
         if count == 0:
             raise ValueError("the text has no predicted tokens: give rows of at least two tokens")
-        nll, error = total / count, clustered_error(self.row_sums, self.row_counts)
-        per_byte = count / LN2 / self.num_bytes if self.num_bytes else math.nan
-        depths = torch.arange(self.num_recursions + 1)
-        by_depth = zip(self.depth_sums.tolist(), self.depth_counts.tolist(), strict=True)
+        nll, error = total / count, clustered_error(sums, counts)
+        num_bytes = int(_joined(self.row_bytes).sum())
+        per_byte = count / LN2 / num_bytes if num_bytes else math.nan
+        inputs_L, counts_L, nll_L = torch.stack(self.levels).sum(0).T.tolist()
+        kv, flops = self._costs(config)
+        num_inputs = sum(inputs_L)
         return Quality(
             decision=decision,
             requested=requested,
             num_tokens=count,
-            num_bytes=self.num_bytes,
+            num_bytes=num_bytes,
             nll=nll,
             nll_error=error,
             bits_per_byte=nll * per_byte,
             bits_per_byte_error=error * per_byte,
-            mean_depth=float((self.depth_inputs * depths).sum()) / self.num_inputs,
-            nll_by_depth=tuple(s / n if n else math.nan for s, n in by_depth),
-            tokens_by_depth=tuple(self.depth_inputs.tolist()),
-            kv_bytes_per_token=self.kv / self.num_inputs,
-            flops_per_token=self.flops / self.num_inputs,
+            mean_depth=sum(depth * number for depth, number in enumerate(inputs_L)) / num_inputs,
+            nll_by_depth=tuple(s / n if n else math.nan for s, n in zip(nll_L, counts_L, strict=True)),
+            tokens_by_depth=tuple(map(int, inputs_L)),
+            kv_bytes_per_token=kv / num_inputs,
+            flops_per_token=flops / num_inputs,
         )
+
+    def _costs(self, config: Any) -> tuple[float, float]:
+        """Bytes of keys and values, and FLOPs, of all rows."""
+        kv = flops = 0.0
+        for length, active_RB in self.active:
+            counts = active_RB.double().cpu().numpy()
+            flops += float(complete_flops(config, length, active=list(counts)).sum())
+            # Bytes grow with the counts: those of all rows are those of one long row.
+            kv += kv_bytes(config, list(map(int, counts.sum(1))), num_tokens=counts.shape[1] * length)
+        return kv, flops
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.zeros(0)
 
 
 def clustered_error(sums: Sequence[float], counts: Sequence[int]) -> float:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mor.evaluate.slices import ratio
 from mor.model.configuration_mor import WITH_CAPACITIES, MorConfig
-from mor.model.decision import Threshold
+from mor.model.decision import DecisionRule, Threshold
 from mor.model.modeling_mor import MorForCausalLM
+from mor.model.scoring import score_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,29 +58,30 @@ def with_recursions(model: MorForCausalLM, number: int) -> MorForCausalLM:
     config: dict[str, Any] = model.config.to_dict()
     outside = plan.num_layers - plan.num_recursions * plan.block_size
     changed: dict[str, Any] = {"num_recursions": number, "num_hidden_layers": outside + number * plan.block_size}
-    built = MorForCausalLM(MorConfig(**config | changed))
+    with model.device:  # where initial weights, which are replaced, cost least
+        built = MorForCausalLM(MorConfig(**config | changed))
     torch.nn.Module.to(built, device=model.device, dtype=model.dtype)
     built.load_state_dict(model.state_dict())
     return built.eval()
 
 
 def _point(model: MorForCausalLM, batches: Sequence[Tensor], number: int) -> ScalingPoint:
-    trained, options = model.config.num_recursions, dict[str, Any]()
+    trained = model.config.num_recursions
+    decision: str | DecisionRule = "causal"
     if model.config.router == "none":
         chosen = model if number == trained else with_recursions(model, number)
     else:
         chosen = model
         goes_on = torch.tensor([-torch.inf if r < number else torch.inf for r in range(trained)], device=model.device)
-        options = {"decision": Threshold(thresholds=goes_on)}
+        decision = Threshold(thresholds=goes_on)
     losses, rows, start = list[Tensor](), list[Tensor](), 0
     for rows_BT in batches:
         ids_BT = rows_BT.to(model.device)
-        log_BTV = chosen(ids_BT, use_cache=False, **options).logits[:, :-1].float().log_softmax(-1)
-        losses.append(-log_BTV.gather(2, ids_BT[:, 1:, None])[..., 0].cpu().flatten())
+        losses.append(score_tokens(chosen, ids_BT, decision=decision).nll_BT[:, 1:].flatten())
         rows.append(torch.arange(start, start + len(ids_BT)).repeat_interleave(ids_BT.shape[1] - 1))
         start += len(ids_BT)
     if not losses:
         raise ValueError("a scaling curve needs rows of tokens")
-    nll_M = torch.cat(losses)
+    nll_M = torch.cat(losses).cpu()
     nll, error = ratio(nll_M, torch.ones_like(nll_M), torch.cat(rows))
     return ScalingPoint(recursions=number, nll=nll, nll_error=error, is_trained=number <= trained)

@@ -89,7 +89,7 @@ def describe(name: str, tokens: PredictedTokens) -> Slice:
         name=name,
         num_tokens=len(tokens.nll_M),
         num_bytes=int(tokens.bytes_M.sum()),
-        num_documents=len(tokens.document_M.unique()),
+        num_documents=int((torch.bincount(tokens.document_M) > 0).sum()),
         nll=nll,
         nll_error=nll_error,
         bits_per_byte=bits,
@@ -135,11 +135,12 @@ def gap(causal: PredictedTokens, top_k: PredictedTokens) -> Gap:
 
 
 def ratio(above_M: Tensor, below_M: Tensor, cluster_M: Tensor) -> tuple[float, float]:
-    """sum(above) / sum(below) and its standard error with clusters as units, nan for fewer than two of them."""
-    number_M = cluster_M.unique(return_inverse=True)[1]
-    above_D = torch.bincount(number_M, weights=above_M.double())
-    below_D = torch.bincount(number_M, weights=below_M.double())
-    total, clusters = float(below_D.sum()), len(below_D)
+    """sum(above) / sum(below) and its standard error with clusters, numbered from 0, as units; nan for fewer than two
+    that there are."""
+    # Clusters that have no tokens add nothing to any sum.
+    above_D = torch.bincount(cluster_M, weights=above_M.double())
+    below_D = torch.bincount(cluster_M, weights=below_M.double())
+    total, clusters = float(below_D.sum()), int((torch.bincount(cluster_M) > 0).sum())
     if total == 0:
         return math.nan, math.nan
     value = float(above_D.sum()) / total

@@ -60,11 +60,20 @@ def rotate(x_BKHE: Tensor, cos_BKE: Tensor, sin_BKE: Tensor) -> Tensor:
     return x_BKHE * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def repeat_groups(x_BGLE: Tensor, num_heads: int) -> Tensor:
+    """(B, H, L, E): each group once for every query head that uses it."""
+    groups = x_BGLE.shape[1]
+    return x_BGLE if groups == num_heads else x_BGLE.repeat_interleave(num_heads // groups, dim=1)
+
+
 def attend(query_BHKE: Tensor, key_BGLE: Tensor, value_BGLE: Tensor, scope: AttentionScope, dropout: float) -> Tensor:
     """Scaled dot-product attention with grouped queries; softmax scale E^-0.5. Returns (B, H, K, E)."""
     if scope.key_range is not None:
         return scope.key_range.attend(query_BHKE, key_BGLE, value_BGLE, dropout)
     mask = None if scope.mask_BKL is None else scope.mask_BKL.unsqueeze(1)
+    if query_BHKE.is_cuda and query_BHKE.dtype == torch.float32 and mask is None:
+        # No fused CUDA kernel takes groups in float32, and without one all scores are written to memory.
+        key_BGLE, value_BGLE = (repeat_groups(t, query_BHKE.shape[1]) for t in (key_BGLE, value_BGLE))
     return F.scaled_dot_product_attention(
         query_BHKE,
         key_BGLE,

@@ -1,8 +1,8 @@
 """Calibration: the thresholds that give each mean depth, found on real text and stored with the weights.
 
-For a grid of mean depths, one forward over all calibration tokens at once: at every recursion the threshold is the
-score quantile that lets the planned share of tokens through, given who was let through before. What a caller asks for
-later is interpolated in this table.
+For each of a grid of mean depths, all calibration tokens in one forward, which takes as many mean depths as fit: at
+every recursion the threshold is the score quantile that lets the planned share of tokens through, given who was let
+through before. What a caller asks for later is interpolated in this table.
 
 Legend: G calibration points, R recursions, B rows, T tokens.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .modeling_mor import MorForCausalLM
 from .routing import Router
-from .scoring import number_documents
+from .scoring import number_documents, rows_at_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +77,15 @@ def calibrate(
     model.eval()
     try:
         documents = None if end_of_text is None else number_documents(rows, end_of_text)
-        found = [_solve(model, router, rows, documents, depth) for depth in sorted(mean_depths)]
+        each = max(1, rows_at_once(model, rows.shape[1]) // len(rows))
+        ordered = sorted(mean_depths)
+        found = [
+            _solve(model, router, rows, documents, ordered[first : first + each])
+            for first in range(0, len(ordered), each)
+        ]
     finally:
         model.train(was_training)
-    return _store(router, found, rows.numel())
+    return _store(router, torch.cat(found), rows.numel())
 
 
 def _router(model: MorForCausalLM) -> Router:
@@ -101,20 +106,26 @@ def _rows(batches: Iterable[Tensor]) -> Tensor:
 
 
 def _solve(
-    model: MorForCausalLM, router: Router, rows: Tensor, documents: Tensor | None, depth: float
-) -> tuple[float, list[float]]:
-    rule = router.calibration_rule(depth)
-    output = model.model(input_ids=rows, use_cache=False, decision=rule, document_ids=documents)
-    missing = router.num_recursions - len(rule.thresholds)
-    return float(output.depths.double().mean()), rule.thresholds + [math.inf] * missing
+    model: MorForCausalLM, router: Router, rows: Tensor, documents: Tensor | None, mean_depths: Sequence[float]
+) -> Tensor:
+    """(G, 1 + R) the mean depth reached and the thresholds, for each mean depth asked for."""
+    rule, parts = router.calibration_rule(mean_depths), len(mean_depths)
+    output = model.model(
+        input_ids=rows.repeat(parts, 1),
+        use_cache=False,
+        decision=rule,
+        document_ids=None if documents is None else documents.repeat(parts, 1),
+    )
+    reached_G = output.depths.view(parts, -1).double().mean(1)
+    missing = [torch.full_like(reached_G, math.inf)] * (router.num_recursions - len(rule.thresholds))
+    return torch.stack([reached_G, *rule.thresholds, *missing], dim=1)
 
 
-def _store(router: Router, found: list[tuple[float, list[float]]], num_tokens: int) -> Calibration:
-    found.sort(key=lambda point: point[0])
+def _store(router: Router, found_GX: Tensor, num_tokens: int) -> Calibration:
+    found_GX = found_GX[found_GX[:, 0].argsort(stable=True)]
     points = router.calibration_mean_depth.numel()
-    padded = found + [found[-1]] * (points - len(found))
-    device = router.calibration_thresholds.device
-    router.calibration_mean_depth.copy_(torch.tensor([depth for depth, _ in padded], device=device))
-    router.calibration_thresholds.copy_(torch.tensor([row for _, row in padded], device=device))
-    depths, thresholds = zip(*found, strict=True)
-    return Calibration(mean_depths=torch.tensor(depths), thresholds=torch.tensor(thresholds), num_tokens=num_tokens)
+    padded_GX = torch.cat([found_GX, found_GX[-1:].expand(points - len(found_GX), -1)])
+    router.calibration_mean_depth.copy_(padded_GX[:, 0])
+    router.calibration_thresholds.copy_(padded_GX[:, 1:])
+    on_host_GX = found_GX.float().cpu()
+    return Calibration(mean_depths=on_host_GX[:, 0], thresholds=on_host_GX[:, 1:], num_tokens=num_tokens)

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, overload
+
+import numpy as np
 
 from .configuration_mor import WITH_CAPACITIES, MorConfig
 from .depth_plan import linear_capacities
@@ -140,13 +142,13 @@ def active_counts(depths: Iterable[int], num_recursions: int) -> tuple[int, ...]
     return tuple(sum(depth > r for depth in depths) for r in range(num_recursions))
 
 
-def _check_active(config: MorConfig, num_tokens: int, active: Sequence[float]) -> None:
+def _check_active(config: MorConfig, num_tokens: int, active: Sequence[Any]) -> None:
     if num_tokens < 1:
         raise ValueError(f"num_tokens={num_tokens} must be at least 1")
     if len(active) != config.num_recursions:
         raise ValueError(f"active={list(active)} needs one count per recursion: {config.num_recursions}")
     bounds = [num_tokens, *active]
-    if any(not 0 <= count <= before for before, count in zip(bounds, active)):
+    if any(not np.all((count >= 0) & (count <= before)) for before, count in zip(bounds, active)):
         raise ValueError(f"active={list(active)} must not rise and must lie between 0 and num_tokens={num_tokens}")
 
 
@@ -154,12 +156,12 @@ def _check_active(config: MorConfig, num_tokens: int, active: Sequence[float]) -
 class _Application:
     """One layer application: how many tokens run it, among how many keys, and whether it makes keys of its own."""
 
-    queries: float
-    keys: float
+    queries: Any
+    keys: Any
     writes: bool
 
 
-def _applications(config: MorConfig, num_tokens: int, active: Sequence[float]) -> Iterator[_Application]:
+def _applications(config: MorConfig, num_tokens: int, active: Sequence[Any]) -> Iterator[_Application]:
     _check_active(config, num_tokens, active)
     plan = config.depth_plan
     for step in plan.steps:
@@ -185,8 +187,14 @@ def paper_flops(config: MorConfig, num_tokens: int, *, active: Sequence[float] |
     return flops
 
 
-def complete_flops(config: MorConfig, num_tokens: int, *, active: Sequence[float] | None = None) -> float:
+@overload
+def complete_flops(config: MorConfig, num_tokens: int, *, active: Sequence[np.ndarray]) -> np.ndarray: ...
+@overload
+def complete_flops(config: MorConfig, num_tokens: int, *, active: Sequence[float] | None = None) -> float: ...
+def complete_flops(config: MorConfig, num_tokens: int, *, active: Sequence[Any] | None = None) -> Any:
     """Forward FLOPs of one sequence, two per multiply-add of every matrix product, with logits at every position.
+
+    Arrays in `active` hold the counts of several sequences, whose FLOPs come back as an array.
 
     Embedding look-ups cost nothing; norms and activations are left out. k queries over their own keys make
     k (k + 1) / 2 pairs; over the first recursion's N keys k (N + 1) / 2, the mean over where the k tokens stand.
@@ -200,7 +208,7 @@ def complete_flops(config: MorConfig, num_tokens: int, *, active: Sequence[float
     return flops
 
 
-def _router_flops(config: MorConfig, num_tokens: int, active: Sequence[float]) -> float:
+def _router_flops(config: MorConfig, num_tokens: int, active: Sequence[Any]) -> Any:
     """Every token still alive before a recursion is scored by that recursion's heads; token-choice scores all once."""
     heads = _score_heads(config)
     alive = [num_tokens, *active[:-1]]

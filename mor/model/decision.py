@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,9 +34,10 @@ class DecisionRule(Protocol):
 
 
 class CalibrationRule(DecisionRule, Protocol):
-    """A rule that spends a given mean depth on the batch it sees, and remembers the thresholds that did it."""
+    """A rule that spends given mean depths, each on a part of the batch it sees: parts of as many rows, one after the
+    other. `thresholds`: those that did it, (G,) for each recursion that tokens reached."""
 
-    thresholds: list[float]
+    thresholds: list[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +81,35 @@ class Threshold:
 
 @dataclass(kw_only=True)
 class Quantile:
-    """Calibration's rule: over the whole batch, let the best-scored tokens through until `shares[r]` of *all* tokens
-    take recursion r, and remember the scores of the last ones let through in `thresholds`."""
+    """Calibration's rule: in part g of the batch, let the best-scored tokens through until `shares[g][r]` of *all* its
+    tokens take recursion r, and remember the scores of the last ones let through in `thresholds`."""
 
-    shares: Sequence[float]
-    thresholds: list[float] = field(default_factory=list)
+    shares: Sequence[Sequence[float]]
+    thresholds: list[Tensor] = field(default_factory=list)
     is_causal: bool = field(default=False, init=False)
 
     def choose(self, recursion: int, score_BA: Tensor, valid_BA: Tensor | None, num_tokens: Tensor | int) -> TokenSet:
-        total = int(num_tokens.sum()) if isinstance(num_tokens, Tensor) else num_tokens * score_BA.shape[0]
-        takes_all = recursion == 0 and self.shares[0] >= 1
-        found = -math.inf if takes_all else float(boundary(score_BA, valid_BA, self.shares[recursion] * total))
-        self.thresholds.append(found)
-        keep_BA = score_BA >= self.thresholds[-1]
+        rows = len(score_BA) // len(self.shares)
+        parts = zip(self.shares, *(_parts(of, rows, len(self.shares)) for of in (score_BA, valid_BA, num_tokens)))
+        found = [self._found(recursion, *part) for part in parts]
+        self.thresholds.append(torch.stack(found))
+        keep_BA = score_BA >= self.thresholds[-1].repeat_interleave(rows)[:, None]
         return TokenSet.from_mask(keep_BA if valid_BA is None else keep_BA & valid_BA)
+
+    def _found(
+        self, recursion: int, shares: Sequence[float], score_BA: Tensor, valid_BA: Tensor | None, count: Tensor | int
+    ) -> Tensor:
+        if recursion == 0 and shares[0] >= 1:
+            return torch.full((), -math.inf, device=score_BA.device)
+        total = count.sum() if isinstance(count, Tensor) else count * len(score_BA)
+        found = boundary(score_BA, valid_BA, shares[recursion] * total)
+        # None of this part's tokens came so far: as if the others' had not either.
+        return found if valid_BA is None else torch.where(valid_BA.any(), found, math.inf)
+
+
+def _parts(value: Any, rows: int, number: int) -> Sequence[Any]:
+    """A tensor's parts of so many rows; anything else as it is, for each."""
+    return value.split(rows) if isinstance(value, Tensor) else [value] * number
 
 
 def boundary(score_BA: Tensor, valid_BA: Tensor | None, size: float | Tensor) -> Tensor:

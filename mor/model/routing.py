@@ -10,7 +10,7 @@ recursions, G calibration points.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -218,8 +218,8 @@ class Router(nn.Module):
         """The rule of a training forward."""
         return self.default_rule()
 
-    def calibration_rule(self, mean_depth: float) -> CalibrationRule:
-        """A rule that finds the thresholds for a mean depth on the batch it is used on."""
+    def calibration_rule(self, mean_depths: Sequence[float]) -> CalibrationRule:
+        """A rule that finds the thresholds for each mean depth on its part of the batch it is used on."""
         raise NotImplementedError
 
     def rule(self, decision: str | DecisionRule, mean_depth: float | Tensor | None = None) -> DecisionRule:
@@ -295,8 +295,8 @@ class RecursionRouter(Router):
 
     can_budget = True
 
-    def calibration_rule(self, mean_depth: float) -> CalibrationRule:
-        return Quantile(shares=budget_shares(mean_depth, self.trained_shares))
+    def calibration_rule(self, mean_depths: Sequence[float]) -> CalibrationRule:
+        return Quantile(shares=[budget_shares(depth, self.trained_shares) for depth in mean_depths])
 
     def extreme_thresholds(self, depth: int) -> list[float]:
         return [-math.inf if r < depth else math.inf for r in range(self.num_recursions)]

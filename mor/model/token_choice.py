@@ -7,6 +7,7 @@ recursions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from .configuration_mor import MorConfig
 from .decision import CalibrationRule, DecisionRule
 from .router_losses import balancing_loss, depth_load, z_loss
 from .routing import Choice, Route, Router, RoutingInput, ScoreHead, Scores, Visit
-from .token_set import HostCounts, TokenSet
+from .token_set import HostCounts, TokenSet, on_device
 
 
 class DepthRule:
@@ -49,25 +50,34 @@ class DepthRule:
 
 
 class TiltSearch(DepthRule):
-    """Calibration's rule: tilts the scores by t * depth, with the t that gives a mean depth on this batch."""
+    """Calibration's rule: tilts the scores by t * depth, with the t that gives a mean depth on a part of the batch: as
+    many parts as mean depths, of as many rows each. The host does not wait for what is found."""
 
     is_causal = False
 
-    def __init__(self, *, mean_depth: float, reach: float) -> None:
+    def __init__(self, *, mean_depths: Sequence[float], reach: float) -> None:
         super().__init__()
-        self.mean_depth, self._reach = mean_depth, reach
-        self.thresholds: list[float] = []
+        self.mean_depths, self._reach = mean_depths, reach
+        self.thresholds: list[Tensor] = []
 
     def depth(self, score_BTR: Tensor, valid_BT: Tensor | None) -> Tensor:
-        alive = score_BTR.flatten(0, 1) if valid_BT is None else score_BTR[valid_BT]
+        parts = len(self.mean_depths)
+        score_GNR = score_BTR.reshape(parts, -1, score_BTR.shape[-1])
+        weight_GN = torch.ones_like(score_GNR[..., 0], dtype=torch.float64)
+        if valid_BT is not None:
+            weight_GN = weight_GN * valid_BT.reshape(parts, -1)
         ladder_R = torch.arange(score_BTR.shape[-1], device=score_BTR.device, dtype=score_BTR.dtype)
-        low, high = -self._reach, self._reach
+        asked_G = on_device(self.mean_depths, score_BTR.device)
+        low_G = torch.full_like(asked_G, -self._reach, dtype=torch.float64)
+        high_G = -low_G
         for _ in range(40):
-            middle = (low + high) / 2
-            mean = float((alive + middle * ladder_R).argmax(-1).double().mean()) + 1
-            low, high = (middle, high) if mean < self.mean_depth else (low, middle)
-        self.bias = high * ladder_R
-        self.thresholds = self.bias.tolist()
+            middle_G = (low_G + high_G) / 2
+            depth_GN = (score_GNR + middle_G.to(ladder_R)[:, None, None] * ladder_R).argmax(-1) + 1
+            is_less_G = (depth_GN * weight_GN).sum(1) / weight_GN.sum(1) < asked_G
+            low_G, high_G = torch.where(is_less_G, middle_G, low_G), torch.where(is_less_G, high_G, middle_G)
+        bias_GR = high_G.to(ladder_R)[:, None] * ladder_R
+        self.thresholds = list(bias_GR.unbind(1))
+        self.bias = bias_GR.repeat_interleave(len(score_BTR) // parts, dim=0)
         return super().depth(score_BTR, valid_BT)
 
 
@@ -99,8 +109,8 @@ class TokenChoiceRouter(Router):
     def budget_rule(self, mean_depth: float | Tensor) -> DecisionRule:
         return DepthRule(bias=self.thresholds(mean_depth))
 
-    def calibration_rule(self, mean_depth: float) -> CalibrationRule:
-        return TiltSearch(mean_depth=mean_depth, reach=2 * abs(self.alpha) + 1)
+    def calibration_rule(self, mean_depths: Sequence[float]) -> CalibrationRule:
+        return TiltSearch(mean_depths=mean_depths, reach=2 * abs(self.alpha) + 1)
 
     def extreme_thresholds(self, depth: int) -> list[float]:
         return [0.0 if r == depth - 1 else -math.inf for r in range(self.num_recursions)]

@@ -46,8 +46,8 @@ class HostCounts:
         return min(most, -(-self[index] // step) * step)
 
 
-def on_device(values: Sequence[int], device: torch.device) -> Tensor:
-    """Small integers as a tensor on `device`, which is not waited for."""
+def on_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """A few numbers as a tensor on `device`, which is not waited for."""
     tensor = torch.tensor(values, pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=True)
 

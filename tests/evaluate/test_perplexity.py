@@ -25,8 +25,8 @@ def test_values_by_hand() -> None:
         depths_BT=torch.tensor([[1, 2, 1], [2, 2, 1]]),
         counted_BT=torch.tensor([[False, True, True], [False, True, False]]),
     )
-    tally.add(scores, torch.tensor([[9, 1, 2], [9, 3, 9]]), config)
-    quality = tally.quality("causal", None)
+    tally.add(scores, torch.tensor([[9, 1, 2], [9, 3, 9]]))
+    quality = tally.quality("causal", None, config)
     assert quality.num_tokens == 3
     assert quality.num_bytes == 6
     assert quality.nll == 2.0

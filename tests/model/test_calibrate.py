@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mor.model import calibrate as calibration
+from mor.model.backbone import MorModel
 from mor.model.calibrate import calibrate, calibration_grid
 from tests.tiny import BUDGET_ROUTERS, random_ids, tiny_model
 
@@ -62,3 +64,24 @@ def test_calibration_leaves_the_mode_as_it_was():
     model = tiny_model(router="expert_choice").train()
     calibrate(model, [random_ids(4, 16)], mean_depths=[1.0, 2.0])
     assert model.training and model.model.recursion.router.training_forwards.item() == 0
+
+
+@pytest.mark.parametrize("end_of_text", [None, 0])
+@pytest.mark.parametrize("router", BUDGET_ROUTERS)
+def test_several_depths_in_one_forward_find_what_each_alone_finds(router, end_of_text, monkeypatch):
+    forwards, forward = [], MorModel.forward
+
+    def counted(self, **arguments):
+        forwards.append(len(arguments["input_ids"]))
+        return forward(self, **arguments)
+
+    monkeypatch.setattr(MorModel, "forward", counted)
+    found = []
+    for room in (8, 31):
+        monkeypatch.setattr(calibration, "rows_at_once", lambda model, length, room=room: room)
+        found.append(calibrate(tiny_model(router=router), [random_ids(8, 48)], end_of_text=end_of_text))
+    assert forwards == [8] * 33 + [24] * 11
+    torch.testing.assert_close(found[1].mean_depths, found[0].mean_depths, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[1].thresholds, found[0].thresholds, rtol=0, atol=1e-5)
+    nobody = router != "token_choice"  # reaches the last recursion at the least depth
+    assert bool(found[1].thresholds[0].isinf().any()) is nobody

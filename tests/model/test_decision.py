@@ -53,8 +53,19 @@ def test_impossible_budget_says_what_is_possible():
 
 def test_quantile_finds_the_threshold_that_spends_the_share():
     score = torch.arange(10.0).view(2, 5)
-    rule = Quantile(shares=[1.0, 0.4])
+    rule = Quantile(shares=[[1.0, 0.4]])
     assert rule.choose(0, score, None, 5).mask(score.shape, score.device).all()
     chosen = rule.choose(1, score, None, 5)
-    assert rule.thresholds == [-math.inf, 5.5]
+    assert [found.tolist() for found in rule.thresholds] == [[-math.inf], [5.5]]
     assert members(chosen, (2, 5)) == [[False] * 5, [False, True, True, True, True]]
+
+
+def test_quantiles_of_parts_are_those_of_each_alone():
+    score = torch.arange(20.0).view(4, 5)
+    valid = torch.tensor([[True] * 5, [True] * 4 + [False], [False] * 5, [False] * 5])
+    together = Quantile(shares=[[1.0, 0.4], [1.0, 0.8]])
+    chosen = together.choose(1, score, valid, 5)
+    alone = Quantile(shares=[[1.0, 0.4]])
+    expected = members(alone.choose(1, score[:2], valid[:2], 5), (2, 5))
+    assert members(chosen, (4, 5)) == [*expected, [False] * 5, [False] * 5]
+    assert [found.tolist() for found in together.thresholds] == [[*alone.thresholds[0].tolist(), math.inf]]

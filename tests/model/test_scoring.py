@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from mor.model.scoring import number_documents, score_tokens
+from mor.model import scoring
+from mor.model.scoring import number_documents, rows_at_once, score_tokens
 from tests.tiny import left_padding, random_ids, tiny_model
 
 
@@ -35,3 +37,27 @@ def test_attention_stays_inside_documents_if_asked():
     inside = score_tokens(model, ids, end_of_text=0).nll_BT
     torch.testing.assert_close(inside[0, 7:], score_tokens(model, ids[:, 6:]).nll_BT[0, 1:])
     assert (score_tokens(model, ids).nll_BT - inside)[0, 7:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("limit", [1, 64 * 5, 64 * 27])
+def test_logits_are_made_a_few_rows_at_a_time(limit, monkeypatch):
+    model, ids = tiny_model(router="expert_choice"), random_ids(3, 9)
+    whole, made = score_tokens(model, ids), []
+    linear = torch.nn.functional.linear
+
+    def spy(x, weight, *rest):
+        made.extend([x.shape[:-1].numel()] if weight is model.lm_head.weight else [])
+        return linear(x, weight, *rest)
+
+    monkeypatch.setattr(scoring, "LOGITS", limit)
+    monkeypatch.setattr(scoring.F, "linear", spy)
+    parts = score_tokens(model, ids)
+    assert sum(made) == 27 and max(made) == max(1, limit // 64)
+    torch.testing.assert_close(parts.nll_BT, whole.nll_BT)
+
+
+def test_wide_models_and_long_rows_are_scored_fewer_at_a_time():
+    model = tiny_model(hidden_size=32, intermediate_size=1024)
+    assert rows_at_once(model, 512) == 2**23 // (4 * 1024 * 512) == 4
+    assert rows_at_once(model, 1024) == 2
+    assert rows_at_once(model, 10**6) == 1
