@@ -119,6 +119,12 @@ class TokenShards:
             raise ValueError(f"{path} is not the tokenizer that made these shards: its fingerprint differs")
         return tokenizer
 
+    def stamps(self) -> tuple[tuple[int, int], ...]:
+        """Size and time of the last change, in nanoseconds, of every file of the split."""
+        files = (file for shard in self._entry.shards for file in (shard.tokens_file, shard.ends_file))
+        found = [file(self.folder).stat() for file in files]
+        return tuple((each.st_size, each.st_mtime_ns) for each in found)
+
     def verify(self) -> None:
         """Read every file of the split. Raises ValueError when one is not what was written."""
         for index, shard in enumerate(self._entry.shards):

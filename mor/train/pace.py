@@ -3,14 +3,15 @@
 Model FLOPs utilisation (arXiv 2204.02311, appendix B) is the FLOPs of the model per second over those that the devices
 reach on large matrix products. The former are three forward passes by the complete rule of `mor.model.cost`, at the
 depths that tokens really took; what gradient checkpointing computes again does not count. The latter are measured when
-training starts, so that the figure means the same on every device.
+a process first trains, so that the figure means the same on every device.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -76,6 +77,12 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+@functools.cache
+def _once(measure: Callable[[torch.device, torch.dtype], float], device: torch.device, dtype: torch.dtype) -> float:
+    """What `measure` said when this process first asked: a process may train several models."""
+    return measure(device, dtype)
+
+
 class Pace:
     """Measures a run's speed between two log lines, and its memory since it started or was resumed.
 
@@ -84,7 +91,7 @@ class Pace:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> None:
         self._device, self._ranks = device, ranks
-        self._ceiling = sum(ranks.each(partial(matmul_ceiling, device, dtype)))
+        self._ceiling = sum(ranks.each(partial(_once, matmul_ceiling, device, dtype)))
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,8 +81,14 @@ def open_shards(options: RunOptions, split: Split) -> TokenShards:
         raise ValueError("data.path is not set: it must name a folder of token shards")
     shards = TokenShards(options.data.path, split)
     if options.data.verify:
-        shards.verify()
+        _verify_once(shards.folder.absolute(), split, shards.stamps())
     return shards
+
+
+@functools.cache
+def _verify_once(folder: Path, split: Split, stamps: tuple[tuple[int, int], ...]) -> None:
+    """Read through the files that this process, which may train several models, has not read as they are now."""
+    TokenShards(folder, split).verify()
 
 
 def _loader(shards: TokenShards, options: RunOptions, seed: int, ranks: Ranks | None = None) -> PackedLoader:

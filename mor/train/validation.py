@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mor.model.calibrate import calibrate, can_calibrate
 from mor.model.modeling_mor import MorForCausalLM
-from mor.model.scoring import score_tokens
+from mor.model.scoring import rows_at_once, score_tokens
 from mor.train.parallel import OneProcess, Parallel
 from mor.train.precision import autocast
 
@@ -94,30 +94,33 @@ class Validator:
         return scores
 
     def _score(self, model: MorForCausalLM, decision: str, mean_depth: float | None) -> dict[str, float]:
-        parts = []
-        for rows, counts in self._share():
+        parts = list[Tensor]()
+        for rows, counts in self._share(model):
             rows = rows.to(model.device)
             scores = score_tokens(model, rows, decision=decision, mean_depth=mean_depth, end_of_text=self._end_of_text)
             if counts:
-                nll = float(scores.nll_BT.double()[scores.counted_BT].sum())
-                parts.append((nll, int(scores.counted_BT.sum()), int(scores.depths_BT.sum()), scores.depths_BT.numel()))
-        every = [part for parts_of_rank in self._parallel.ranks.each(lambda: parts) for part in parts_of_rank]
+                nll, tokens, depths = scores.nll_BT.double().sum(), scores.counted_BT.sum(), scores.depths_BT.sum()
+                parts.append(torch.stack([nll, tokens, depths, torch.full_like(tokens, scores.depths_BT.numel())]))
+        here = torch.stack(parts).sum(0).tolist() if parts else [0.0] * 4
+        every = self._parallel.ranks.each(lambda: here)
         total, tokens, depths, visited = (sum(column) for column in zip(*every))
         nll = total / tokens
         return {
             "nll": nll,
             "bits_per_byte": nll / math.log(2) / self._bytes_per_token,
             "mean_depth": depths / visited,
-            "tokens": tokens,
+            "tokens": int(tokens),
         }
 
-    def _share(self) -> Iterator[tuple[Tensor, bool]]:
+    def _share(self, model: MorForCausalLM) -> Iterator[tuple[Tensor, bool]]:
         """This rank's batches, and whether they count: ranks run as many forwards each, as bringing weights together
         needs them all."""
-        ranks = self._parallel.ranks
-        for first in range(0, len(self._rows), ranks.size):
+        ranks, rows = self._parallel.ranks, self._rows
+        if ranks.size == 1:
+            rows = torch.cat(list(rows)).split(max(len(rows[0]), rows_at_once(model, rows[0].shape[1])))
+        for first in range(0, len(rows), ranks.size):
             mine = first + ranks.rank
-            yield self._rows[min(mine, len(self._rows) - 1)], mine < len(self._rows)
+            yield rows[min(mine, len(rows) - 1)], mine < len(rows)
 
     def _on_device(self, model: MorForCausalLM, rows: Sequence[Tensor]) -> Iterator[Tensor]:
         return (batch.to(model.device) for batch in rows)

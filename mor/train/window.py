@@ -7,6 +7,7 @@ that a resumed run writes the same lines.
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import Any
 
 import torch
@@ -57,7 +58,10 @@ class Window:
 
     def values(self) -> dict[str, list[float]]:
         """Each named value, step by step, in an order that survives `state_dict`."""
-        return {name: torch.stack(self._values[name]).tolist() for name in sorted(self._values)}
+        names = sorted(self._values)
+        steps = [value for name in names for value in self._values[name]]
+        found = iter(torch.stack(steps).tolist() if steps else [])  # one copy: each waits for the device
+        return {name: list(islice(found, len(self._values[name]))) for name in names}
 
     def summary(self) -> dict[str, Any]:
         """Means of the values; the router's measures over all tokens of the window."""

@@ -51,6 +51,21 @@ def test_utilisation_is_speed_times_cost_over_the_ceiling_of_all_ranks(monkeypat
     assert measured.speed(6.0)["tokens_per_second"] == 10.0
 
 
+def test_a_process_measures_the_ceiling_once(monkeypatch):
+    asked = []
+
+    def measure(device, dtype):
+        asked.append(dtype)
+        return 1000.0
+
+    monkeypatch.setattr(pace, "matmul_ceiling", measure)
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
+        measured = Pace(CPU, dtype, Ranks())
+        measured.add(1.0, 100)
+        assert measured.speed(5.0)["mfu"] == 0.5
+    assert asked == [torch.float32, torch.bfloat16]
+
+
 def test_peak_memory_on_the_host_is_that_of_the_process():
     before = peak_memory_gib(CPU)
     held = torch.ones(int(before * 2**30 / 4) + 2**24)

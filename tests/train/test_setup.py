@@ -1,11 +1,14 @@
+import os
+
 import pytest
 import torch
 
+from mor.data.shards import TokenShards
 from mor.model.modeling_mor import MorForCausalLM
 from mor.train.options import RunOptions
 from mor.train.setup import build_run, build_validator, default_budget, load_model, model_config, open_shards
 from tests.tiny import tiny_model
-from tests.train.tiny_run import tiny_options
+from tests.train.tiny_run import make_shards, tiny_options
 
 
 def test_the_data_decides_what_the_model_options_leave_open(tmp_path, shards):
@@ -17,6 +20,29 @@ def test_the_data_decides_what_the_model_options_leave_open(tmp_path, shards):
     )
     config = model_config(options, open_shards(options, "train"))
     assert (config.vocab_size, config.eos_token_id, config.max_position_embeddings) == (320, 1, 64)
+
+
+def test_a_process_reads_shards_through_once_unless_they_change(tmp_path, monkeypatch):
+    options, read, verify = tiny_options(tmp_path, make_shards(tmp_path / "shards")), [], TokenShards.verify
+
+    def counted(self):
+        read.append(self.split)
+        verify(self)
+
+    monkeypatch.setattr(TokenShards, "verify", counted)
+    for _ in range(2):
+        for split in ("train", "validation"):
+            open_shards(options, split)
+    assert read == ["train", "validation"]
+    file = tmp_path / "shards" / "train-00000.bin"
+    data, before = bytearray(file.read_bytes()), file.stat().st_mtime_ns
+    data[0] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(before + 1, before + 1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is damaged"):
+            open_shards(options, "train")
+    assert read[2:] == ["train", "train"]
 
 
 def test_the_accidental_scale_multiplies_the_coefficient(tmp_path, shards):

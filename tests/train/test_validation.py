@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
+from mor.model.backbone import MorModel
 from mor.model.scoring import score_tokens
+from mor.train import validation
 from mor.train.validation import Validator, trained_mean_depth
 from tests.tiny import random_ids, tiny_model
 
@@ -119,3 +121,21 @@ def test_attention_stays_inside_documents_while_calibrating_and_scoring():
         found = score_tokens(inside, rows, mean_depth=2.0, end_of_text=0).nll_BT.sum() / (3 * 23)
         assert scores[0]["causal"]["nll"] == pytest.approx(float(found), rel=1e-6)
         assert abs(scores[0]["causal"]["nll"] - scores[1]["causal"]["nll"]) > 1e-3
+
+
+def test_batches_are_scored_together_where_they_fit(monkeypatch):
+    rows, forward = [], MorModel.forward
+
+    def counted(self, **arguments):
+        rows.append(len(arguments["input_ids"]))
+        return forward(self, **arguments)
+
+    monkeypatch.setattr(MorModel, "forward", counted)
+    model, judge = tiny_model(router="expert_choice"), validator()[0]
+    together = judge.evaluate(model)
+    assert rows == [3 * 8, 5, 5], "three depths of calibration, causal, top_k"
+    monkeypatch.setattr(validation, "rows_at_once", lambda *_: 1)
+    apart = judge.evaluate(model)
+    assert rows[3:] == [3 * 8, 3, 2, 3, 2]
+    for rule, scores in together.items():
+        assert scores == pytest.approx(apart[rule], rel=1e-6)
