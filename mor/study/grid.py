@@ -83,6 +83,12 @@ class StudyRun:
         return f"{kind}-{shape}-{training.steps}-seed-{training.seed}-{digest}".replace("_", "-")
 
     @property
+    def shape(self) -> tuple[Model, int, int]:
+        """Model, rows and row length: runs that agree in it run the same compiled code."""
+        training = self.options.training
+        return self.options.model, training.micro_batch_size, training.sequence_length
+
+    @property
     def tokens(self) -> int:
         """Training tokens."""
         return self.options.training.steps * self.options.training.tokens_per_step

@@ -22,6 +22,7 @@ from mor.loading import load_model
 from mor.model.calibrate import can_calibrate
 from mor.model.cost import TRAINING_FACTOR, complete_flops, count_parameters
 from mor.model.modeling_mor import MorForCausalLM
+from mor.model.scoring import rows_at_once
 from mor.study.grid import Measurement, StudyRun
 from mor.study.places import Places
 from mor.study.provenance import provenance
@@ -29,7 +30,6 @@ from mor.train.journal import read_journal
 from mor.train.options import RunOptions
 
 VERSION = 3
-ROWS = {"cuda": 64, "cpu": 8}  # scored at a time
 PROBE_TOKENS, PROBE_SUFFIXES = 128, 32
 
 
@@ -75,7 +75,7 @@ def measure_model(
     number of recursions, by that number. `probe`: whether changed suffixes moved earlier predictions, which they must
     not.
     """
-    size = ROWS["cuda" if model.device.type == "cuda" else "cpu"]
+    size = rows_at_once(model, text.rows_NT.shape[1])
     few_NT = text.rows_NT[:: max(1, round(text.rows_NT.numel() / measurement.dial_tokens))]
     rows, few = list(text.rows_NT.split(size)), list(few_NT.split(size))
     (own,) = evaluate_text(model, text, token_bytes=token_bytes, batch_size=size, with_gap=True)

@@ -6,6 +6,7 @@ at a checkpoint; the same command goes on later.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -28,11 +29,13 @@ GRACE = 30.0  # seconds that a run has for its checkpoint, or to be measured, wh
 
 @dataclass(kw_only=True)
 class Worker:
-    """A process, its pipe, the run it has, and whether that one trains, rather than being measured."""
+    """A process, its pipe, the run it has, the one it had last, and whether the former trains, rather than being
+    measured."""
 
     process: BaseProcess
     pipe: Connection
     run: StudyRun | None = None
+    last: StudyRun | None = None
     is_training: bool = False
 
 
@@ -143,7 +146,8 @@ class Pool:
 
     def _hear(self, worker: Worker, word: Word) -> None:
         if word.kind == "ready":
-            worker.run = self._waiting.popleft() if self._waiting and not self._is_stopping else None
+            worker.run = self._next(worker.last) if self._waiting and not self._is_stopping else None
+            worker.last = worker.run
             worker.is_training = worker.run is not None
             worker.pipe.send(worker.run)
             return
@@ -160,6 +164,14 @@ class Pool:
             self._outcome = replace(self._outcome, interrupted=True)
         else:
             self._note_failure(run, word.error, word.trace)
+
+    def _next(self, last: StudyRun | None) -> StudyRun:
+        """The next run, or one of its neighbours, of which as many start soon as there are processes, if that has the
+        shape of the worker's `last`, whose code is then not compiled again."""
+        near = itertools.islice(self._waiting, self._jobs)
+        alike = next((run for run in near if last is not None and run.shape == last.shape), self._waiting[0])
+        self._waiting.remove(alike)
+        return alike
 
     def _note_failure(self, run: StudyRun, error: str, trace: str = "") -> None:
         self._tell(f"{run.name} failed: {error}" + (f"\n{trace.rstrip()}" if trace else ""))

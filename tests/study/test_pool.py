@@ -174,6 +174,23 @@ def test_every_run_is_claimed_once() -> None:
     assert sorted(claimed) == sorted(run.name for run in study("smoke", 257).runs)
 
 
+@pytest.mark.parametrize(("jobs", "order"), [(1, "ABCAB"), (2, "ABCAB"), (3, "AABBC")])
+def test_a_worker_goes_on_with_what_it_has_compiled_if_that_is_near(jobs: int, order: str) -> None:
+    recipe = dataclasses.replace(Recipe(), device="cpu")
+    arms = {"A": vanilla(64, 64), "B": vanilla(96, 64), "C": vanilla(128, 64)}
+    named = {
+        arm: grid({arm: model}, seeds=(0, 1), budgets=[Budget(name="a", steps=3)], recipe=recipe)
+        for arm, model in arms.items()
+    }
+    runs = [named[arm][seed] for arm, seed in (("A", 0), ("B", 0), ("C", 0), ("A", 1), ("B", 1))]
+    found = Pool(runs, lambda _: pytest.fail("none"), outcome=StudyOutcome(), jobs=jobs, tell=lambda _: None)
+    last, taken = None, list[str]()
+    while found._waiting:
+        last = found._next(last)
+        taken.append(last.arm)
+    assert "".join(taken) == order
+
+
 @pytest.mark.parametrize(("is_killed", "error"), [(False, "ValueError: no"), (True, "exit code 9")])
 def test_a_run_that_fails_or_is_killed_is_named_and_the_others_go_on(is_killed: bool, error: str) -> None:
     def behave(run: StudyRun, stop: threading.Event) -> Iterator[Word]:
