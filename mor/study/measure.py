@@ -122,7 +122,7 @@ def _without_thresholds(model: MorForCausalLM, rows: list[torch.Tensor], token_b
 
 
 def _evaluation(found: Evaluation) -> dict[str, Any]:
-    gap = None if found.gap is None else dataclasses.asdict(found.gap)
+    gap = None if found.gap is None else _quality(found.gap)
     position = {part.name: round(part.nll, 5) for part in found.by_position}
     return {
         **_quality(found.quality),
