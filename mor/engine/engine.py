@@ -103,7 +103,7 @@ class Engine:
         requests are unfinished."""
         most = min(self.scheduler.limits.max_length - 1, self.scheduler.shape.most_tokens(self.pool.num_pages))
         params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, seed=0)
-        for size in sorted({min(size, most) for size in (2, 9, self.runner.few_rows + 3)}):
+        for size in sorted({min(size, most) for size in (2, 9, self.runner.few_rows + 3)} - {0}):
             self.generate([[0] * size], params, progress=False)
         if self.prefixes is not None:
             self.prefixes.clear()
