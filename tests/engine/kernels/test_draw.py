@@ -79,10 +79,10 @@ def test_draws_what_the_sampler_draws(
 @pytest.mark.parametrize("filters", [{}, dict(min_p=0.1), dict(top_k=40, top_p=0.97)], ids=["none", "min_p", "nucleus"])
 def test_many_tokens_are_drawn(filters: dict[str, float], block: int, device: torch.device) -> None:
     """Over many seeds, in blocks that the vocabulary does and does not fill, the same tokens as the sampler's."""
-    logits_NV = ties(1, torch.bfloat16, device).repeat(12, 1)
+    logits_NV = ties(1, torch.bfloat16, device).repeat(7, 1)
     params = SamplingParams(temperature=2.0, logprobs=0, **filters)  # type: ignore[arg-type]
-    token_N, _ = draw(logits_NV, [params] * 12, list(range(12)), [5] * 12, block=block)
-    assert len(set(token_N.tolist())) > 4
+    token_N, _ = draw(logits_NV, [params] * 7, list(range(7)), [5] * 7, block=block)
+    assert len(set(token_N.tolist())) > 3
 
 
 @pytest.mark.parametrize("room", [16, 1024])
@@ -97,10 +97,10 @@ def test_a_cut_is_found_among_many_tokens(filters: dict[str, float], room: int, 
 def test_min_p_keeps_what_weighs_just_enough(device: torch.device) -> None:
     """Its share of the largest weight, 2**40, lies between two integers: the lower one is dropped."""
     x = math.log(0.25)
-    logits_NV = torch.tensor([[0.0, x, -math.inf]], dtype=torch.float32, device=device).repeat(40, 1)
+    logits_NV = torch.tensor([[0.0, x, -math.inf]], dtype=torch.float32, device=device).repeat(20, 1)
     weight = round(math.exp(float(logits_NV[0, 1])) * 2**40)
     for min_p, kept in ((weight / 2**40, {0, 1}), ((weight + 0.25) / 2**40, {0})):
-        token_N, _ = draw(logits_NV, [SamplingParams(min_p=min_p)] * 40, list(range(40)), [0] * 40)
+        token_N, _ = draw(logits_NV, [SamplingParams(min_p=min_p)] * 20, list(range(20)), [0] * 20)
         assert set(token_N.tolist()) == kept
 
 
