@@ -114,7 +114,7 @@ SUITES: dict[str, tuple[Item, ...]] = {
     "serving": (
         Item(
             name="serving-throughput",
-            seconds=130,
+            seconds=220,
             answers="the server beside the engine alone",
             command=f"bench.serving throughput {_STREAMS} --rounds 2",
         ),
