@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from mor.benchmark.arms import Arm
-from mor.benchmark.serving import Served, make_engine, serve
+from mor.benchmark.serving import Served, make_engine, serve, warm_up
 from mor.benchmark.workload import Workload
 
 FINER = 1.25
@@ -39,9 +39,7 @@ class Search:
         """Serve a trial of so many sequences; whether the pool let that many run. It counts at the number that ran."""
         arm, trial = self._arm, self._workload.at_least(TRIAL * concurrency).first(TRIAL * concurrency)
         engine = make_engine(arm, concurrency=concurrency, num_pages=self._num_pages)
-        if engine.slots is not None:
-            engine.slots.warm_up([concurrency], [trial.longest], [False])
-        engine.warm_up_prompts()  # which requests are again that were preempted
+        warm_up(engine, [concurrency], trial.longest)
         serve(engine, trial.first(concurrency).shortened(2), mean_depth=arm.mean_depth)
         served = serve(engine, trial.staggered(concurrency), mean_depth=arm.mean_depth, temperature=self._temperature)
         self.tried[served.most_running] = served

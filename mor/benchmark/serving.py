@@ -83,6 +83,14 @@ def make_engine(arm: Arm, *, concurrency: int, num_pages: int) -> Engine:
     return Engine(arm.model, arm.tokenizer, options)
 
 
+def warm_up(engine: Engine, sizes: Sequence[int], longest: int) -> None:
+    """Compile and capture what a workload needs: visits of so many slots for requests of up to `longest` tokens, without
+    limits on the draw, and prompts, as a request is again that was preempted."""
+    if engine.slots is not None:
+        engine.slots.warm_up(sizes, [longest], [False])
+    engine.warm_up_prompts()
+
+
 def pages_in(num_bytes: float, arm: Arm) -> int:
     """Pages of an arm that fit `num_bytes`."""
     return int(num_bytes // PageLayout.of(arm.model.config, PAGE_ENTRIES).page_bytes(arm.model.dtype))

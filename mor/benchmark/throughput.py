@@ -18,7 +18,7 @@ from mor.benchmark.arms import Arm
 from mor.benchmark.peers import Peer, peers_of
 from mor.benchmark.pools import parse_pool, pool_pages
 from mor.benchmark.search import Search
-from mor.benchmark.serving import Served, make_engine, pages_for, serve
+from mor.benchmark.serving import Served, make_engine, pages_for, serve, warm_up
 from mor.benchmark.settle import Settled, settle_workload
 from mor.benchmark.workload import Workload, poisson_arrivals
 from mor.engine.engine import Engine
@@ -118,8 +118,7 @@ def settle_arms(
         if arm.wanted_depth is not None:
             concurrency = min(options.concurrency or 64, len(workload))
             engine = make_engine(arm, concurrency=concurrency, num_pages=pages_for(arm, concurrency, workload.longest))
-            if engine.slots is not None:
-                engine.slots.warm_up([concurrency], [workload.longest], [False])
+            warm_up(engine, [concurrency], workload.longest)
             found[arm.name] = settle_workload(
                 arm, engine, workload, most_tokens=options.settle_tokens, temperature=options.temperature
             )
@@ -197,9 +196,7 @@ class _Setup:
             is_steady=options.concurrency is None,
             tried=search.tried,
         )
-        if engine.slots is not None:  # also those that the last requests will need
-            engine.slots.warm_up([*USUAL, concurrency], [workload.longest], [False])
-        engine.warm_up_prompts()
+        warm_up(engine, [*USUAL, concurrency], workload.longest)  # also what the last requests will need
         setup = cls(result=result, engine=engine, peers=peers_of(arm, options.peers))
         for _ in setup.run_round(workload.first(concurrency).shortened(options.warmup_tokens), options):
             pass

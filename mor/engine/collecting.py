@@ -11,8 +11,8 @@ from contextlib import contextmanager
 def collecting_later() -> Iterator[None]:
     """Let no collection begin inside; what there is to collect is found afterwards.
 
-    A step with a thousand requests makes so many objects that Python would collect a dozen times in it, now and then
-    through all that was ever imported: half of the step's time, while the device waits.
+    A step with a thousand requests makes so many objects that Python would collect again and again in it, now and then
+    through all that was ever imported, while the device waits.
     """
     was_enabled = gc.isenabled()
     gc.disable()

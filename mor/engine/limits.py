@@ -14,7 +14,7 @@ class Limits:
     prompt that enter together; chunks end at multiples of it, whatever else runs. `max_length`: tokens of a prompt and
     its output. `max_waiting`: requests that wait, None for any number. `room_to_grow`: tokens of each running request
     for which pages must be left when another is admitted. Without any, a pool that is nearly full admits what it
-    preempts a moment later: with three times as many requests as it holds, seven times as often as with 32.
+    preempts a moment later.
     """
 
     max_requests: int

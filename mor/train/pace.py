@@ -77,9 +77,13 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+def known_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """`matmul_ceiling` as it was when this process first asked: a process may train several models."""
+    return _once(matmul_ceiling, device, dtype)
+
+
 @functools.cache
 def _once(measure: Callable[[torch.device, torch.dtype], float], device: torch.device, dtype: torch.dtype) -> float:
-    """What `measure` said when this process first asked: a process may train several models."""
     return measure(device, dtype)
 
 
@@ -91,7 +95,7 @@ class Pace:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> None:
         self._device, self._ranks = device, ranks
-        self._ceiling = sum(ranks.each(partial(_once, matmul_ceiling, device, dtype)))
+        self._ceiling = sum(ranks.each(partial(known_ceiling, device, dtype)))
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)

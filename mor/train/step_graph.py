@@ -24,7 +24,7 @@ from mor.model.configuration_mor import MorConfig
 from mor.model.modeling_mor import MorForCausalLM
 from mor.train.optim import capturable, keep_learning_rates_on
 from mor.train.options import TrainingOptions
-from mor.train.pace import matmul_ceiling
+from mor.train.pace import known_ceiling
 from mor.train.padded_sets import VARYING_ROUTERS, has_padded_sets, should_pad
 from mor.train.parallel import micro_batches
 from mor.train.ranks import Ranks
@@ -190,7 +190,7 @@ def choose_sets(
     """Let a router pad its sets where its steps are then to be replayed. To be called before layers are compiled."""
     router = model.model.recursion.router
     if router is not None and obstacle(training, model.config, device, ranks) is None:
-        router.pads_sets = should_pad(training, model.config, functools.partial(matmul_ceiling, device, dtype))
+        router.pads_sets = should_pad(training, model.config, functools.partial(known_ceiling, device, dtype))
 
 
 def choose_run(state: TrainingState, tell: Callable[[str], None]) -> Run:
