@@ -84,8 +84,8 @@ def make_engine(arm: Arm, *, concurrency: int, num_pages: int) -> Engine:
 
 
 def warm_up(engine: Engine, sizes: Sequence[int], longest: int) -> None:
-    """Compile and capture what a workload needs: visits of so many slots for requests of up to `longest` tokens, without
-    limits on the draw, and prompts, as a request is again that was preempted."""
+    """Compile and capture what a workload needs: visits of so many slots, without limits on the draw, for requests of
+    up to `longest` tokens; and prompts, as a request is again that was preempted."""
     if engine.slots is not None:
         engine.slots.warm_up(sizes, [longest], [False])
     engine.warm_up_prompts()
