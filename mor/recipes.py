@@ -253,8 +253,8 @@ def prose_run(stage: Literal["base", "prose"]) -> RunOptions:
     """A stage of a small model that writes prose: 7.7M parameters, 2 + 12 layer applications of width 288, three
     recursions.
 
-    `base` reads its whole corpus three times, at a learning rate that never falls; `prose` goes on from it and reads the
-    prose in it three times.
+    `base` reads its whole corpus three times, at a learning rate that never falls; `prose` goes on from it and reads
+    the prose in it three times.
     """
     steps, is_last = PROSE_STEPS[stage], stage == "prose"
     return RunOptions(

@@ -45,15 +45,19 @@ class Budgets:
         """The most recursions a token may take."""
         return self._num_recursions if budget[1] is None else budget[1]
 
-    def rule(self, budgets: Sequence[Budget]) -> DecisionRule:
-        """One rule for rows with these budgets."""
+    def rule(self, budgets: Sequence[Budget], counts: Tensor | None = None) -> DecisionRule:
+        """One rule for rows with these budgets. `counts`: rows of each budget, None for one."""
         rules = [self._rule(budget) for budget in budgets]
         if all(rule is rules[0] for rule in rules):
             return rules[0]
+
+        def of_rows(parts: list[Tensor]) -> Tensor:
+            return torch.stack(parts) if counts is None else torch.stack(parts).repeat_interleave(counts, 0)
+
         if isinstance(rules[0], Threshold):
-            return Threshold(thresholds=torch.stack([rule.thresholds for rule in rules]))  # type: ignore[attr-defined]
+            return Threshold(thresholds=of_rows([rule.thresholds for rule in rules]))  # type: ignore[attr-defined]
         if isinstance(rules[0], DepthRule):
-            return DepthRule(bias=torch.stack([rule.bias for rule in rules]))  # type: ignore[attr-defined]
+            return DepthRule(bias=of_rows([rule.bias for rule in rules]))  # type: ignore[attr-defined]
         return rules[0]  # a rule without a budget is the same for all
 
     def _rule(self, budget: Budget) -> DecisionRule:

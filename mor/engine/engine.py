@@ -37,7 +37,7 @@ from mor.engine.scheduler import Plan, Scheduler
 from mor.engine.setup import choose_num_pages, end_tokens, limits_of, ops_for, slots_of
 from mor.engine.slot_runner import Progress
 from mor.engine.slot_state import SlotRow
-from mor.engine.slots import fits_slot
+from mor.engine.slots import Slots, fits_slot
 from mor.loading import load_model
 from mor.model.modeling_mor import MorForCausalLM
 
@@ -165,8 +165,8 @@ class Engine:
         return self.scheduler.abort(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """One planned visit, and one batch of visits of the slots if there are any. Returns what is new: of every
-        request that got a token or ended, its tokens since the last time.
+        """A batch of visits of the slots if there are any, and a planned visit, or more if the batch leaves time for them.
+        Returns what is new: of every request that got a token or ended, its tokens since the last time.
 
         What a visit raises is raised here. The requests that took part have then failed, as the next step says.
         """
@@ -179,6 +179,7 @@ class Engine:
         queued = self._queue_slots(plan) if self.slots is not None else 0
         new = self._visit(plan)
         if self.slots is not None:
+            new += self._visits_meanwhile(self.slots)
             # On CUDA the batch just queued runs on while the one before is read; a CPU has done it by now.
             while self.slots.in_flight > (self.slots.runs_ahead and queued > 0):
                 new += self._collect(plan)
@@ -194,6 +195,15 @@ class Engine:
             self._beside.start(after_slots=self.slots.has_strays)
         self.statistics.add(visits=visits, rows=self.slots.last_rows if visits else 0)
         return visits
+
+    def _visits_meanwhile(self, slots: Slots) -> list[RequestOutput]:
+        """Planned visits while the slots are busy: a prompt then takes its recursions during one batch of theirs."""
+        new = list[RequestOutput]()
+        while slots.is_busy and ((plan := self.scheduler.plan()).segments or plan.copies):
+            self.statistics.add(preemptions=len(plan.preempted))
+            self._beside.start(after_slots=bool(plan.preempted))  # whose pages the batches in flight may still write
+            new += self._visit(plan)
+        return new
 
     def _slot_row(self, request: Request, slot: int) -> SlotRow:
         assert self.slots is not None

@@ -166,7 +166,7 @@ class Runner:
         )
         router = self._model.recursion.router
         if router is not None:
-            rule = self.budgets.rule([b for b, s in zip(budgets, segments, strict=True) for _ in range(s.count)])
+            rule = self.budgets.rule(budgets, counts)
             inputs = RoutingInput(x_BTD=x_ND[:, None], tokens=TokenSet(), number_BT=cohort.number_N[:, None], rule=rule)
             cohort.route = router.begin(inputs)
         self._choose(cohort)

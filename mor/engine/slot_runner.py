@@ -163,6 +163,14 @@ class SlotRunner:
         return len(self._flight)
 
     @property
+    def is_busy(self) -> bool:
+        """Whether the device is at the oldest batch still and has another behind it: the host has time to spare."""
+        if len(self._flight) < 2:
+            return False
+        arrived = self._flight[0].arrived
+        return arrived is not None and not arrived.query()
+
+    @property
     def ahead(self) -> int:
         """Visits that the next batch may take a request past what is known of it."""
         return self.visits + sum(batch.visits for batch in self._flight)
