@@ -165,7 +165,7 @@ class Engine:
         return self.scheduler.abort(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """A batch of visits of the slots if there are any, and a planned visit, or more if the batch leaves time for them.
+        """A batch of visits of the slots if there are any, and a planned visit, or more if it leaves time for them.
         Returns what is new: of every request that got a token or ended, its tokens since the last time.
 
         What a visit raises is raised here. The requests that took part have then failed, as the next step says.
