@@ -9,10 +9,11 @@ import torch
 
 
 class Beside:
-    """Work that waits for the host, on a stream on which it does not make the slots wait."""
+    """Work that waits for the host, on a stream on which it does not make the slots wait. Its kernels come before
+    theirs where both could run: they are few, and the host waits for them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def join(self) -> None:
         """Let the slots see what was done beside them."""

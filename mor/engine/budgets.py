@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mor.engine.params import Budget
+from mor.engine.sending import sent
 from mor.model.decision import DecisionRule, Threshold
 from mor.model.depth_plan import DepthPlan
 from mor.model.routing import Router
@@ -45,14 +47,17 @@ class Budgets:
         """The most recursions a token may take."""
         return self._num_recursions if budget[1] is None else budget[1]
 
-    def rule(self, budgets: Sequence[Budget], counts: Tensor | None = None) -> DecisionRule:
+    def rule(self, budgets: Sequence[Budget], counts: Sequence[int] | None = None) -> DecisionRule:
         """One rule for rows with these budgets. `counts`: rows of each budget, None for one."""
         rules = [self._rule(budget) for budget in budgets]
         if all(rule is rules[0] for rule in rules):
             return rules[0]
 
         def of_rows(parts: list[Tensor]) -> Tensor:
-            return torch.stack(parts) if counts is None else torch.stack(parts).repeat_interleave(counts, 0)
+            if counts is None:
+                return torch.stack(parts)
+            which = torch.from_numpy(np.repeat(np.arange(len(parts)), counts))
+            return torch.stack(parts).index_select(0, sent(which, parts[0].device))
 
         if isinstance(rules[0], Threshold):
             return Threshold(thresholds=of_rows([rule.thresholds for rule in rules]))  # type: ignore[attr-defined]

@@ -57,10 +57,11 @@ class CacheShape:
 
     def lengths(self, depths: Sequence[int]) -> list[int]:
         """Entries in each sequence of tokens of these depths: recursion r has one per depth above r."""
-        return [
-            0 if not written else len(depths) if holds_all else sum(depth > sequence for depth in depths)
-            for sequence, (written, holds_all) in enumerate(zip(self.written, self.holds_all, strict=True))
-        ]
+        above, lengths = len(depths), list[int]()
+        for sequence, (written, holds_all) in enumerate(zip(self.written, self.holds_all, strict=True)):
+            above -= depths.count(sequence)
+            lengths.append(0 if not written else len(depths) if holds_all else above)
+        return lengths
 
     def growths(self, visits: int) -> tuple[int, ...]:
         """The most entries that each sequence of a request can get in so many visits of a slot: a token brings one to a

@@ -16,10 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mor.engine.cache_shape import CacheShape
+from mor.engine.sending import sent
 from mor.model.configuration_mor import MorConfig
 
 
@@ -116,10 +119,10 @@ class KvStore:
         pages = self._pool[:, :size].unflatten(1, shape) if num_layers else self._pool.new_empty(0)
         return [(pages[:, layer, 0], pages[:, layer, 1]) for layer in range(num_layers)]
 
-    def clear_pages(self, pages: Sequence[int]) -> None:
+    def clear_pages(self, pages: npt.NDArray[np.int64]) -> None:
         """Set pages to 0, as a new owner must: what it does not see yet is multiplied by 0, which NaN survives."""
-        if pages:
-            self._pool[list(pages)] = 0
+        if len(pages):
+            self._pool.index_fill_(0, sent(torch.from_numpy(pages), self._pool.device), 0)
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages, with 0 for what is not finite: entries behind the prefix that the old owner wrote since."""

@@ -22,8 +22,10 @@ from torch import Tensor
 from mor.engine.kv_store import Overlay, Reading
 from mor.engine.layers import Pages
 from mor.engine.native.few_rows import Seen
+from mor.engine.sending import sent
 
 Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
 AttendSpans = Callable[..., Tensor]
 
 
@@ -147,7 +149,7 @@ class _Tables:
         if not bool(self.recursion_N.any()):
             return None
         recursion_N = self.recursion_N.repeat_interleave(self.count_N) if each_row else self.recursion_N
-        return Overlay(recursion_N=recursion_N.to(self.overlay_RXP.device), entry_RXP=self.overlay_RXP)
+        return Overlay(recursion_N=sent(recursion_N, self.overlay_RXP.device), entry_RXP=self.overlay_RXP)
 
 
 @dataclass(kw_only=True)
@@ -209,9 +211,9 @@ class _Tiles:
         tiles = cut_tiles([span.start for span in spans], [span.stop for span in spans], tables.row_N.numpy())
         last = np.concatenate([span.last for span in spans])
         return cls(
-            table_TX=tables.table_TX.to(device),
-            tile_W3=torch.from_numpy(tiles).to(device),
-            last_M=torch.from_numpy(last).to(device),
+            table_TX=sent(tables.table_TX, device),
+            tile_W3=sent(torch.from_numpy(tiles), device),
+            last_M=sent(torch.from_numpy(last), device),
             overlay=tables.overlay(each_row=True),
             attend_spans=attend_spans,
         )

@@ -175,24 +175,24 @@ class PrefixCache:
         self, parent: PrefixNode, tokens: tuple[int, ...], depths: tuple[int, ...], pages: Sequence[Sequence[int]]
     ) -> PrefixNode:
         """A child whose entries lie in a request's `pages`."""
-        added = self._shape.lengths(depths)
-        lengths = tuple(have + more for have, more in zip(parent.lengths, added, strict=True))
-        first = tuple(have // size for have, size in zip(parent.lengths, self._shape.tokens_per_page, strict=True))
-        own = tuple(
-            tuple(pages[s][first[s] : self._shape.pages(s, lengths[s])]) if added[s] else () for s in range(len(added))
-        )
-        for page in (page for part in own for page in part):
-            self._pool.share(page)
+        lengths, first, own = list[int](), list[int](), list[tuple[int, ...]]()
+        each = zip(parent.lengths, self._shape.lengths(depths), self._shape.tokens_per_page, pages, strict=True)
+        for have, added, size, table in each:
+            stop = -(-(have + added) // size)
+            start = have // size if added else stop
+            lengths.append(have + added)
+            first.append(start)
+            own.append(tuple(table[start:stop]))
+            for page in own[-1]:
+                self._pool.share(page)
         child = PrefixNode(
             parent=parent,
             tokens=tokens,
             num_tokens=parent.num_tokens + len(tokens),
             depths=depths,
-            lengths=lengths,
-            first=tuple(
-                f if more else self._shape.pages(s, lengths[s]) for s, (f, more) in enumerate(zip(first, added))
-            ),
-            pages=own,
+            lengths=tuple(lengths),
+            first=tuple(first),
+            pages=tuple(own),
         )
         parent.children[tokens] = child
         return child

@@ -19,9 +19,10 @@ from mor.engine.budgets import Budgets
 from mor.engine.kv_store import KvStore, PageLayout, lay_over
 from mor.engine.layers import Layers, Pages
 from mor.engine.native.few_rows import Seen
-from mor.engine.paged_attention import Integers, PagedScope, Span
+from mor.engine.paged_attention import Booleans, Integers, PagedScope, Span
 from mor.engine.prompt_scores import score_rows
 from mor.engine.request import Segment, SegmentResult, TokenScore
+from mor.engine.sending import sent
 from mor.model.modeling_mor import MorForCausalLM
 from mor.model.routing import Choice, Route, RoutingInput, Visit
 from mor.model.token_set import TokenSet
@@ -31,16 +32,19 @@ from mor.model.token_set import TokenSet
 class Cohort:
     """Segments that entered together; their tokens are rows, one after another.
 
-    `stream_ND`: the residual stream. `x_ND`: the input of the next recursion. `active_N`: which rows take it.
+    On the host: `numbers`, each row's among the tokens of its request; `limits`, the most recursions that it may take;
+    `active`, whether it takes the next one; `depths`, how many it has taken. On the device: `active_N`, the same as
+    `active`; `stream_ND`, the residual stream; `x_ND`, the input of the next recursion.
     """
 
     segments: list[Segment]
-    number_N: Tensor
-    limit_N: Tensor
+    numbers: Integers
+    limits: Integers
+    active: Booleans
+    depths: Integers
+    active_N: Tensor
     stream_ND: Tensor
     x_ND: Tensor
-    active_N: Tensor
-    depth_N: Tensor
     route: Route | None = None
     choice: Choice | None = None
     recursion: int = 0
@@ -109,16 +113,16 @@ class Runner:
         entering = [segment for segment in segments if not segment.entered]
         if entering:
             self._cohorts.append(self._enter(entering, added))
-        ready = [cohort for cohort in self._cohorts if bool(self._running(cohort).any())]
+        ready = [cohort for cohort in self._cohorts if self._running(cohort).any()]
         if ready:
             self._apply_block(ready, added)
         results = {}
         for cohort in self._cohorts:
-            active, depth = cohort.active_N.tolist(), cohort.depth_N.tolist()
             for segment, rows in cohort.slices():
-                left = sum(active[rows])
+                left = int(cohort.active[rows].sum())
+                depths = () if left else tuple(cohort.depths[rows].tolist())
                 results[id(segment)] = SegmentResult(
-                    added=tuple(added.get(id(segment), ())), active=left, depths=() if left else tuple(depth[rows])
+                    added=tuple(added.get(id(segment), ())), active=left, depths=depths
                 )
         ended = [id(segment) for segment in segments if not results[id(segment)].active]
         for key, scores in self._leave({key: results[key].depths for key in ended}).items():
@@ -137,6 +141,7 @@ class Runner:
         for cohort in self._cohorts:
             for segment, rows in cohort.slices():
                 if id(segment) not in kept:
+                    cohort.active[rows] = False
                     cohort.active_N[rows] = False
         self._cohorts = [c for c in self._cohorts if any(id(segment) in kept for segment in c.segments)]
 
@@ -147,53 +152,59 @@ class Runner:
             stop = segment.start + segment.count
             works.append(_Work(segment=segment, numbers=np.arange(segment.start, stop), recursion=None))
             ids += segment.tokens
-        x_ND = self._model.embed_tokens(torch.tensor(ids, device=self._device))
+        x_ND = self._model.embed_tokens(self._sent(np.array(ids)))
         if self._plan.num_outer:
             x_ND = self._outer_layers(self._model.first_layers, x_ND, works, first=0)
             for segment in segments:
                 added[id(segment)][-1] += segment.count
         budgets = [(s.request.params.mean_depth, s.request.params.max_recursions) for s in segments]
-        counts = torch.tensor([segment.count for segment in segments], device=self._device)
-        limits = torch.tensor([self.budgets.limit(budget) for budget in budgets], device=self._device)
+        counts = [segment.count for segment in segments]
+        numbers = np.concatenate([work.numbers for work in works])
         cohort = Cohort(
             segments=segments,
-            number_N=torch.from_numpy(np.concatenate([work.numbers for work in works])).to(self._device),
-            limit_N=limits.repeat_interleave(counts),
+            numbers=numbers,
+            limits=np.repeat([self.budgets.limit(budget) for budget in budgets], counts),
+            active=np.ones(len(ids), dtype=np.bool_),
+            depths=np.zeros(len(ids), dtype=np.int64),
+            active_N=torch.ones(len(ids), dtype=torch.bool, device=self._device),
             stream_ND=x_ND,
             x_ND=x_ND,
-            active_N=torch.ones(len(ids), dtype=torch.bool, device=self._device),
-            depth_N=torch.zeros(len(ids), dtype=torch.int64, device=self._device),
         )
         router = self._model.recursion.router
         if router is not None:
             rule = self.budgets.rule(budgets, counts)
-            inputs = RoutingInput(x_BTD=x_ND[:, None], tokens=TokenSet(), number_BT=cohort.number_N[:, None], rule=rule)
-            cohort.route = router.begin(inputs)
+            number_N1 = self._sent(numbers)[:, None]
+            cohort.route = router.begin(
+                RoutingInput(x_BTD=x_ND[:, None], tokens=TokenSet(), number_BT=number_N1, rule=rule)
+            )
         self._choose(cohort)
         return cohort
 
     def _choose(self, cohort: Cohort) -> None:
-        """Which rows take the cohort's next recursion."""
+        """Which rows take the cohort's next recursion. Of a visit's steps this alone waits for the device."""
+        chosen = cohort.active & (cohort.recursion < cohort.limits)
         if cohort.recursion == self._plan.num_recursions:
-            cohort.active_N = torch.zeros_like(cohort.active_N)
+            chosen = np.zeros_like(chosen)
+        if cohort.route is None or not chosen.any():
+            cohort.active, cohort.active_N = chosen, self._sent(chosen)
             return
-        chosen_N = cohort.active_N & (cohort.recursion < cohort.limit_N)
-        if cohort.route is not None and bool(chosen_N.any()):
-            alive = TokenSet(valid_BK=cohort.active_N[:, None])
-            cohort.choice = cohort.route.choose(cohort.recursion, cohort.x_ND[:, None], alive)
-            chosen_N &= cohort.choice.chosen.mask(cohort.active_N[:, None].shape, self._device)[:, 0]
-        cohort.active_N = chosen_N
+        alive = TokenSet(valid_BK=cohort.active_N[:, None])
+        cohort.choice = cohort.route.choose(cohort.recursion, cohort.x_ND[:, None], alive)
+        picked_N = cohort.choice.chosen.mask(cohort.active_N[:, None].shape, self._device)[:, 0]
+        cohort.active_N = self._sent(chosen) & picked_N
+        cohort.active = cohort.active_N.cpu().numpy()
 
-    def _running(self, cohort: Cohort) -> Tensor:
+    def _running(self, cohort: Cohort) -> Booleans:
         """Rows that go through the block. Where the first recursion's keys and values serve all tokens, all take it, in
         the visit in which they enter."""
         if cohort.recursion == 0 and self._policy != "recursion":
-            return torch.ones_like(cohort.active_N)
-        return cohort.active_N
+            return np.ones_like(cohort.active)
+        return cohort.active
 
     def _apply_block(self, cohorts: list[Cohort], added: dict[int, list[int]]) -> None:
         masks = [self._running(cohort) for cohort in cohorts]
-        x_MD = torch.cat([cohort.x_ND[mask] for cohort, mask in zip(cohorts, masks, strict=True)])
+        rows = [self._sent(np.flatnonzero(mask)) for mask in masks]
+        x_MD = torch.cat([cohort.x_ND.index_select(0, row_K) for cohort, row_K in zip(cohorts, rows, strict=True)])
         recursions = range(self._plan.num_recursions) if self._plan.is_sequence else [None]
         batches = {}
         for recursion in recursions:
@@ -210,9 +221,8 @@ class Runner:
             [batches[recursion] for _, recursion in order],
             [self.store.block_layers[layer] for layer, _ in order],
         )
-        ys = x_MD.split([int(mask.sum()) for mask in masks])
-        for cohort, mask, y_KD in zip(cohorts, masks, ys, strict=True):
-            self._merge(cohort, mask, y_KD)
+        for cohort, row_K, y_KD in zip(cohorts, rows, x_MD.split([len(row_K) for row_K in rows]), strict=True):
+            self._merge(cohort, row_K, y_KD)
 
     def _block_order(self) -> list[tuple[int, int | None]]:
         """Layers of the block in a visit, with the recursion each runs at: the rows' own (None) where blocks repeat as
@@ -221,22 +231,20 @@ class Runner:
             return [(layer, None) for layer in range(self._plan.block_size)]
         return [(step.block_layer, step.recursion) for step in self._plan.block_steps]  # type: ignore[misc]
 
-    def _works(self, cohort: Cohort, mask_N: Tensor, recursion: int | None) -> Iterable[_Work]:
-        numbers, mask = cohort.number_N.cpu().numpy(), mask_N.cpu().numpy()
+    def _works(self, cohort: Cohort, mask: Booleans, recursion: int | None) -> Iterable[_Work]:
         for segment, rows in cohort.slices():
-            chosen = numbers[rows][mask[rows]]
+            chosen = cohort.numbers[rows][mask[rows]]
             if len(chosen):
                 at = cohort.recursion if recursion is None else recursion
                 yield _Work(segment=segment, numbers=chosen, recursion=at)
 
-    def _merge(self, cohort: Cohort, ran_N: Tensor, y_KD: Tensor) -> None:
-        """Bring the block's output back into the stream, and decide who goes on."""
-        y_ND = torch.zeros_like(cohort.x_ND)
-        y_ND[ran_N] = y_KD
+    def _merge(self, cohort: Cohort, row_K: Tensor, y_KD: Tensor) -> None:
+        """Bring the block's output, of these rows, back into the stream, and decide who goes on."""
+        y_ND = torch.zeros_like(cohort.x_ND).index_copy_(0, row_K, y_KD)
         active_N1 = cohort.active_N[:, None]
         if cohort.route is None:
             cohort.stream_ND = cohort.x_ND = torch.where(active_N1, y_ND, cohort.x_ND)
-        elif bool(active_N1.any()):
+        elif cohort.active.any():
             assert cohort.choice is not None
             visit = Visit(
                 x_BKD=cohort.x_ND[:, None],
@@ -247,7 +255,7 @@ class Runner:
             stream, x = cohort.route.merge(cohort.recursion, cohort.stream_ND[:, None], visit)
             cohort.stream_ND, cohort.x_ND = stream[:, 0], x[:, 0]
         taken = self._plan.num_recursions if self._plan.is_sequence else 1
-        cohort.depth_N = cohort.depth_N + taken * cohort.active_N
+        cohort.depths += taken * cohort.active
         cohort.recursion += taken
         self._choose(cohort)
 
@@ -274,7 +282,7 @@ class Runner:
             if work.segment.needs_head:
                 last.append((id(work.segment), row))
         if last:
-            logits_NV = self._head(x_ND[[row for _, row in last]])
+            logits_NV = self._head(x_ND.index_select(0, self._sent(np.array([row for _, row in last]))))
             self._logits |= {key: logits_V for (key, _), logits_V in zip(last, logits_NV, strict=True)}
         return score_rows([work.segment for work in works], depths, x_ND, self._head)
 
@@ -302,7 +310,7 @@ class Runner:
             start = stop
         page_M, place_M = np.concatenate(pages), np.concatenate(places)
         if is_new:
-            self.store.clear_pages(page_M[(place_M == 0) & (page_M != self.store.nobodys)].tolist())
+            self.store.clear_pages(page_M[(place_M == 0) & (page_M != self.store.nobodys)])
         number_N, page_N, place_N = map(self._sent, (np.concatenate([w.numbers for w in works]), page_M, place_M))
         if self.layout.num_overlaying and works[0].recursion is not None:
             self._lay_over(works)
@@ -323,8 +331,8 @@ class Runner:
             found.append((recursion, first, work.numbers % size, self._entries(work)))
         lay_over(self.store.overlay_RXP, *(self._sent(np.concatenate(column)) for column in zip(*found, strict=True)))
 
-    def _sent(self, values: Integers) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+    def _sent(self, values: Integers | Booleans) -> Tensor:
+        return sent(torch.from_numpy(values), self._device)
 
     def _sequence(self, recursion: int | None) -> int:
         return self._plan.num_recursions if recursion is None else recursion

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,8 +105,8 @@ def test_clearing_pages() -> None:
     views = [view for layer in (*store.block_layers, *store.outer_layers) for view in layer]
     for view in views:
         view[:-1] = torch.nan
-    store.clear_pages([1, 3])
-    store.clear_pages([])
+    store.clear_pages(np.array([1, 3]))
+    store.clear_pages(np.array([], dtype=np.int64))
     for view in views:
         assert [bool(page.isnan().all()) for page in view] == [True, False, True, False, True, True, False]
         assert not view[[1, 3, 6]].any()
