@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from mor.engine.engine import Engine
 from mor.engine.options import EngineOptions
 from mor.engine.params import SamplingParams
+from mor.engine.request import Segment, SegmentResult
 from mor.model.configuration_mor import MorConfig
 from mor.model.modeling_mor import MorForCausalLM
 from tests.engine.workload import TOKENIZER, Job, check_against_forward, greedy, play, random_tokens
@@ -98,6 +101,31 @@ def test_in_bfloat16_log_probabilities_are_the_models_within_rounding(architectu
             assert token.logprob is not None
             assert abs(token.logprob - float(expected[n, token.token])) < 0.25
             assert float(expected[n].max() - expected[n, token.token]) < 0.25
+
+
+@pytest.mark.parametrize(("router", "most"), [("none", 0), ("expert_choice", 2)])
+def test_prompts_wait_for_the_device_only_to_learn_which_tokens_go_on(
+    monkeypatch: pytest.MonkeyPatch, router: str, most: int
+) -> None:
+    """Where they enter and after each recursion; not for copies, nor for how many rows there are."""
+    engine, draw, waits = engine_of(cuda_model(torch.bfloat16, router=router)), random.Random(2), list[int]()
+    visit = engine.runner.visit
+
+    def watched(segments: Sequence[Segment]) -> list[SegmentResult]:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                return visit(segments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            waits.append(sum("synchronizing" in str(warning.message) for warning in caught))
+
+    for _ in range(2):  # the first time compiles
+        waits.clear()
+        monkeypatch.setattr(engine.runner, "visit", watched)
+        engine.generate([random_tokens(draw, 20) for _ in range(6)], greedy(8), progress=False)
+    assert len(waits) >= 3 and max(waits) <= most
 
 
 def test_what_else_is_in_the_slots_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
