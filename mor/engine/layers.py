@@ -160,8 +160,8 @@ class Layers:
         limited: bool,
     ) -> tuple[Tensor, Tensor]:
         """The next tokens (N,), -1 where there is none to choose, and the log-probabilities the model gave them.
-        `limited`: whether any row may have top-k or top-p."""
-        if self._few_rows is not None and not bool(((top_k_N > 0) | (top_p_N < 1) | (min_p_N > 0)).any()):
+        `limited`: whether any row may have top-k or top-p, and with `saves_rows` min-p."""
+        if self._few_rows is not None and not limited:
             return self._few_rows.draw(logits_NV, temperature_N, seed_N, index_N)
         return self.ops.draw_tokens(  # type: ignore[no-any-return]
             logits_NV, temperature_N, top_k_N, top_p_N, min_p_N, seed_N, index_N, limited=limited

@@ -57,7 +57,9 @@ class RowProgram(SlotProgram):
         index_C = torch.from_numpy(slot_C)
         x_CD = self.state.stream.index_select(0, index_C)
         x_CD = self._outer(self._model.last_layers, x_CD, slot_C, first=self._plan.num_outer)
-        drawn = self._draw(self.state.ints[index_C], self.state.floats[index_C], x_CD, limited=True)
+        floats = self._floats[slot_C]
+        is_limited = (self._ints[slot_C, Int.TOP_K] > 0) | (floats[:, Float.TOP_P] < 1) | (floats[:, Float.MIN_P] > 0)
+        drawn = self._draw(*self._numbers_of(slot_C), x_CD, limited=bool(is_limited.any()))
         token_C, logprob_C = drawn[0].numpy(), drawn[1].float().numpy()
         ints, reports = self._ints, self._reports[visit]
         reports[Report.TOKEN, slot_C] = np.where(token_C < 0, BROKEN, token_C)

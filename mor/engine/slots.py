@@ -9,6 +9,7 @@ from mor.engine.kv_store import KvStore, PageLayout
 from mor.engine.layers import Layers
 from mor.engine.params import Budget, SamplingParams
 from mor.engine.request import Request
+from mor.engine.row_routing import linear_rows
 from mor.engine.sampler import signed
 from mor.engine.slot_program import SlotProgram
 from mor.engine.slot_routing import SlotRouting, slot_routing, thresholds_of
@@ -29,15 +30,16 @@ def fits_slot(params: SamplingParams) -> bool:
     return plain and not params.min_tokens and not params.logprobs and params.generates
 
 
-def routing_of(model: MorForCausalLM, budgets: Budgets) -> SlotRouting:
-    """How slots of this model are routed. Raises ValueError naming what they cannot do."""
+def routing_of(model: MorForCausalLM, budgets: Budgets, *, saves_rows: bool = False) -> SlotRouting:
+    """How slots of this model are routed; `saves_rows`: for the rows that matter, on a CPU. Raises ValueError naming
+    what they cannot do."""
     config: MorConfig = model.config
     kind = str((config.rope_parameters or {}).get("rope_type", "default"))
     if kind in CHANGING_ROTARY:
         raise ValueError(f"slots=True needs rotary positions that do not change with the length, not {kind!r}")
     router = model.model.recursion.router
     rule = budgets.rule([(None, None)]) if budgets.has_router else None
-    routing = slot_routing(router, config.depth_plan, rule)
+    routing = (linear_rows(router) if saves_rows else None) or slot_routing(router, config.depth_plan, rule)
     if routing is None:
         raise ValueError(f"slots=True does not know how router={config.router!r} decides")
     return routing
@@ -67,7 +69,7 @@ class Slots(SlotRunner):
         lockstep: bool | None = None,
     ) -> None:
         """Raises ValueError for a model that slots cannot run."""
-        routing = routing_of(model, budgets)
+        routing = routing_of(model, budgets, saves_rows=layers.saves_rows)
         plan = model.config.depth_plan
         like = model.lm_head.weight.detach()
         state = SlotState(

@@ -70,7 +70,7 @@ class ExpertChoiceRouter(RecursionRouter):
         return logits_BA, self.auxiliary_heads[recursion](x_BAD.detach()).squeeze(-1)
 
     def score(self, recursion: int, read: tuple[Tensor, ...], number_BA: Tensor) -> Scores:
-        return Scores(logits_BA=read[0], decisive_BA=read[-1], gate_BA=self._gate(read[0]))
+        return Scores(logits_BA=read[0], decisive_BA=read[-1], gate_BA=self.gate(read[0]))
 
     def losses(self, scores: Scores, kept_BA: Tensor, valid_BA: Tensor | None) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
@@ -141,7 +141,7 @@ class FixedRouter(RecursionRouter):
         return (self.heads[recursion](self._tempered(x_BAD)).squeeze(-1),)
 
     def score(self, recursion: int, read: tuple[Tensor, ...], number_BA: Tensor) -> Scores:
-        return Scores(logits_BA=read[0], decisive_BA=number_BA, gate_BA=self._gate(read[0]))
+        return Scores(logits_BA=read[0], decisive_BA=number_BA, gate_BA=self.gate(read[0]))
 
 
 class FixedDepths:

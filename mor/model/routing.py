@@ -326,7 +326,8 @@ class RecursionRouter(Router):
     def begin(self, inputs: RoutingInput) -> Route:
         return RecursionRoute(self, inputs)
 
-    def _gate(self, logits_BA: Tensor) -> Tensor:
+    def gate(self, logits_BA: Tensor) -> Tensor:
+        """The gate of a token with this logit."""
         activation = self.config.router_activation
         return logits_BA if activation == "identity" else self.alpha * _GATES[str(activation)](logits_BA)
 
