@@ -103,11 +103,11 @@ def test_in_bfloat16_log_probabilities_are_the_models_within_rounding(architectu
             assert float(expected[n].max() - expected[n, token.token]) < 0.25
 
 
-@pytest.mark.parametrize(("router", "most"), [("none", 0), ("expert_choice", 2)])
+@pytest.mark.parametrize(("router", "most"), [("none", 0), ("expert_choice", 4)])
 def test_prompts_wait_for_the_device_only_to_learn_which_tokens_go_on(
     monkeypatch: pytest.MonkeyPatch, router: str, most: int
 ) -> None:
-    """Where they enter and after each recursion; not for copies, nor for how many rows there are."""
+    """How many and which, where they enter and after each recursion; not for copies."""
     engine, draw, waits = engine_of(cuda_model(torch.bfloat16, router=router)), random.Random(2), list[int]()
     visit = engine.runner.visit
 
