@@ -57,10 +57,8 @@ class _Live:
 
 
 class Engine:
-    """Generates for many requests at once.
-
-    Offline: `generate`. Online: `add_request`, then `step` while `has_unfinished`; `abort` at any time.
-    """
+    """Generates for many requests at once. Offline: `generate`. Online: `add_request`, then `step` while
+    `has_unfinished`; `abort` at any time."""
 
     def __init__(self, model: MorForCausalLM, tokenizer: Any, options: EngineOptions | None = None) -> None:
         self.options = EngineOptions() if options is None else options
@@ -199,10 +197,11 @@ class Engine:
     def _visits_meanwhile(self, slots: Slots) -> list[RequestOutput]:
         """Planned visits while the slots are busy: a prompt then takes its recursions during one batch of theirs."""
         new = list[RequestOutput]()
-        while slots.is_busy and ((plan := self.scheduler.plan()).segments or plan.copies):
-            self.statistics.add(preemptions=len(plan.preempted))
-            self._beside.start(after_slots=bool(plan.preempted))  # whose pages the batches in flight may still write
-            new += self._visit(plan)
+        with slots.sparing():
+            while slots.is_busy and ((plan := self.scheduler.plan()).segments or plan.copies):
+                self.statistics.add(preemptions=len(plan.preempted))
+                self._beside.start(after_slots=bool(plan.preempted))  # whose pages batches in flight may still write
+                new += self._visit(plan)
         return new
 
     def _slot_row(self, request: Request, slot: int) -> SlotRow:

@@ -15,6 +15,7 @@ from mor.engine.layers import Layers
 from mor.engine.limits import Limits
 from mor.engine.options import EngineOptions
 from mor.engine.slots import Slots
+from mor.engine.visit_pace import VisitPace
 from mor.model.modeling_mor import MorForCausalLM
 
 VISITS_ON_CPU = 4
@@ -73,7 +74,6 @@ def slots_of(
     if not wanted:
         return None
     most = limits.max_requests
-    visits = VISITS_ON_CPU if model.device.type == "cpu" else 8 if most <= 64 else 16
     try:
         return Slots(
             model,
@@ -81,7 +81,7 @@ def slots_of(
             store,
             budgets,
             num_slots=most,
-            visits=options.slot_visits or visits,
+            pace=_pace(model.device, options, most),
             max_length=limits.max_length,
             layers=layers,
             lockstep=options.lockstep,
@@ -90,6 +90,14 @@ def slots_of(
         if options.slots:
             raise
         return None
+
+
+def _pace(device: torch.device, options: EngineOptions, most_requests: int) -> VisitPace:
+    """A fixed number of visits where it is asked for and where the host waits for each anyway."""
+    if options.slot_visits is not None or device.type == "cpu":
+        visits = options.slot_visits or VISITS_ON_CPU
+        return VisitPace(visits, visits)
+    return VisitPace(8 if most_requests <= 64 else 16)
 
 
 def ops_for(device: torch.device, head_size: int) -> ModuleType:

@@ -11,7 +11,8 @@ import math
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from mor.engine.request import Request
 from mor.engine.slot_program import SlotProgram, VisitShape
 from mor.engine.slot_state import BROKEN, NOTHING, Edits, Report, SlotRow
 from mor.engine.visit_choice import PATIENCE
+from mor.engine.visit_pace import VisitPace
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Numbers of slots that there are visits for."""
@@ -73,13 +75,15 @@ class _Tenant:
 
 @dataclass(kw_only=True)
 class _Batch:
-    """Visits in flight: who took part, and where their outcome arrives."""
+    """Visits in flight: who took part, and where their outcome arrives. `follows`: whether they were queued behind
+    others, so that the device began them when it had ended those."""
 
     tenants: list[_Tenant]
     visits: int
     reports: Tensor
     lengths: Tensor
     arrived: torch.cuda.Event | None = None
+    follows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,15 +141,16 @@ class SlotRunner:
         program: SlotProgram,
         *,
         max_length: int,
-        visits: int,
+        pace: VisitPace,
         turns_once: bool,
         period: int = 1,
         most_per_token: int = 1,
         mean_per_token: float = 2.0,
     ) -> None:
-        """`turns_once`: slots turn all at a time. `period`: in every so manieth visit. `most_per_token`: visits that a
-        token may take; `mean_per_token`: that it is expected to take."""
-        self.visits, self._period, self._phase, self._most_per_token = visits, period, 0, most_per_token
+        """`pace`: of batches. `turns_once`: slots turn all at a time. `period`: in every so manieth visit.
+        `most_per_token`: visits that a token may take; `mean_per_token`: that it is expected to take."""
+        self._pace, self._collected, self._spared = pace, 0.0, 0.0
+        self._period, self._phase, self._most_per_token = period, 0, most_per_token
         self._program, self._state = program, program.state
         self._max_length, self._turns_once = max_length, turns_once
         self._free = list(range(self._state.num_slots))
@@ -173,7 +178,7 @@ class SlotRunner:
     @property
     def ahead(self) -> int:
         """Visits that the next batch may take a request past what is known of it."""
-        return self.visits + sum(batch.visits for batch in self._flight)
+        return self._pace.visits + sum(batch.visits for batch in self._flight)
 
     def run(
         self, decoding: Sequence[Request], grown: Sequence[Request], row_of: Callable[[Request, int], SlotRow]
@@ -189,7 +194,7 @@ class SlotRunner:
             self._emptied += edits.emptied
             self._phase = 0
             return 0
-        shape, most = self._shape(num_new=len(edits.rows)), min(self.visits, self._most_useful())
+        shape, most = self._shape(num_new=len(edits.rows)), min(self._pace.visits, self._most_useful())
         self._state.edit(edits)
         if most <= 0:
             return 0
@@ -197,7 +202,12 @@ class SlotRunner:
         visits = self._visit(shape, most)
         reports, lengths, arrived = self._sent(visits)
         batch = _Batch(
-            tenants=list(self._tenants.values()), visits=visits, reports=reports, lengths=lengths, arrived=arrived
+            tenants=list(self._tenants.values()),
+            visits=visits,
+            reports=reports,
+            lengths=lengths,
+            arrived=arrived,
+            follows=bool(self._flight),
         )
         self._flight.append(batch)
         return visits
@@ -226,8 +236,7 @@ class SlotRunner:
     def collect(self) -> list[Progress]:
         """Wait for the oldest batch. Requests that have gone since it was queued are left out."""
         batch = self._flight.popleft()
-        if batch.arrived is not None:
-            batch.arrived.synchronize()
+        self._wait_for(batch)
         said = _Said.of(batch)
         self._rate.see(said.depths)
         found = []
@@ -251,6 +260,25 @@ class SlotRunner:
                 )
             )
         return found
+
+    @contextmanager
+    def sparing(self) -> Iterator[None]:
+        """What is done here could wait: it says nothing of how much work the host has."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spared += time.perf_counter() - start
+
+    def _wait_for(self, batch: _Batch) -> None:
+        if batch.arrived is None:
+            return
+        with self.sparing():
+            batch.arrived.synchronize()
+        now, waited = time.perf_counter(), self._spared
+        if batch.follows:
+            self._pace.saw(batch.visits, worked=now - self._collected - waited, waited=waited)
+        self._collected, self._spared = now, 0.0
 
     def forget(self) -> None:
         """Empty all slots: after work that broke off, nobody knows how far each came or what the device still does."""

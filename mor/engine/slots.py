@@ -16,6 +16,7 @@ from mor.engine.slot_routing import SlotRouting, slot_routing, thresholds_of
 from mor.engine.slot_rows import RowProgram
 from mor.engine.slot_runner import SlotRunner
 from mor.engine.slot_state import NUM_STOPS, SlotRow, SlotState
+from mor.engine.visit_pace import VisitPace
 from mor.model.configuration_mor import MorConfig
 from mor.model.modeling_mor import MorForCausalLM
 
@@ -63,17 +64,18 @@ class Slots(SlotRunner):
         budgets: Budgets,
         *,
         num_slots: int,
-        visits: int,
+        pace: VisitPace,
         max_length: int,
         layers: Layers,
         lockstep: bool | None = None,
     ) -> None:
-        """Raises ValueError for a model that slots cannot run."""
+        """`pace`: that has not begun, so that no batch has more visits than it says. Raises ValueError for a model that
+        slots cannot run."""
         routing = routing_of(model, budgets, saves_rows=layers.saves_rows)
         plan = model.config.depth_plan
         like = model.lm_head.weight.detach()
         state = SlotState(
-            layout, num_slots, max_length, hidden_size=model.config.hidden_size, most_visits=visits, like=like
+            layout, num_slots, max_length, hidden_size=model.config.hidden_size, most_visits=pace.visits, like=like
         )
         kind = RowProgram if layers.saves_rows else SlotProgram
         program = kind(model, layout, store, state, routing, layers, max_length)
@@ -83,7 +85,7 @@ class Slots(SlotRunner):
         super().__init__(
             program,
             max_length=max_length,
-            visits=visits,
+            pace=pace,
             turns_once=period == 1 or in_lockstep or layers.saves_rows,
             period=period if in_lockstep else 1,
             most_per_token=period,

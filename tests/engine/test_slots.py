@@ -14,7 +14,7 @@ import torch
 from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
 from mor.engine.slot_program import VisitShape
-from mor.engine.slot_runner import SIZES, SlotRunner
+from mor.engine.slot_runner import SIZES, Progress, SlotRunner
 from mor.engine.slot_state import NUM_STOPS, Int
 from mor.engine.slots import fits_slot
 from mor.engine.visit_choice import serves
@@ -78,6 +78,24 @@ def test_planned_visits_while_the_slots_are_busy_change_nothing(monkeypatch: pyt
     model = tiny_model(router="expert_choice", kv_cache=KV_CACHES[number % len(KV_CACHES)])
     jobs, settings = crowd(draw), options(draw, page_entries=draw.choice([1, 2]))
     engine = slots_of(model, num_pages=tight_pool(settings, model, jobs, spare=0), **settings)
+    stories = play(engine, jobs)
+    assert engine.statistics.preemptions > 0
+    check_against_forward(model, stories.values())
+
+
+def test_batches_of_other_lengths_change_nothing() -> None:
+    """What is reserved ahead, and what is left to make, follow the number of visits from batch to batch."""
+    draw, model = random.Random(5), tiny_model(router="expert_choice")
+    jobs, settings = crowd(draw), options(draw, page_entries=2)
+    engine = slots_of(model, slot_visits=9, num_pages=tight_pool(settings, model, jobs, spare=0), **settings)
+    assert engine.slots is not None
+    pace, collect = engine.slots._pace, engine.slots.collect
+
+    def paced() -> list[Progress]:
+        pace.visits = draw.randrange(1, 10)
+        return collect()
+
+    engine.slots.collect = paced  # type: ignore[method-assign]
     stories = play(engine, jobs)
     assert engine.statistics.preemptions > 0
     check_against_forward(model, stories.values())
