@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from mor.study import depth_tables as depths
 from mor.study import figures
 from mor.study.results import Findings
+from mor.study.studies import WIDTHS
 from mor.study.tables import Cell, Pair, Table, gap_table, pair_table, quality_table, seed_table
 
 
@@ -21,6 +22,14 @@ def _control(arm: str) -> Cell:
 
 def _cache(arm: str) -> Cell:
     return _cell(arm, study="caches")
+
+
+def _sharing(arm: str) -> Cell:
+    return _cell(arm, "tokens", "sharings")
+
+
+def _gap(arm: str) -> Cell:
+    return Cell(study="gaps", arm=arm, budget="1x")
 
 
 WORDS = {"tokens": "tokens", "flops": "FLOPs"}
@@ -53,6 +62,20 @@ CACHE_PAIRS = (
     Pair(what="hybrid, expert-choice", cell=_cache("expert-hybrid"), other=_cache("mor-3")),
     Pair(what="shared, token-choice", cell=_cache("token-shared"), other=_cache("token-recursion")),
     Pair(what="hybrid, token-choice", cell=_cache("token-hybrid"), other=_cache("token-recursion")),
+)
+SHARING_PAIRS = tuple(
+    Pair(what=what, cell=_sharing(arm), other=_sharing(other))
+    for what, arm, other in (
+        ("layers of their own at both ends", "middle-cycle-2", "cycle-2"),
+        ("layers of their own at both ends", "middle-sequence-2", "sequence-2"),
+        ("cycle or sequence", "middle-cycle-2", "middle-sequence-2"),
+        ("cycle or sequence", "middle-cycle-3", "middle-sequence-3"),
+        ("cycle or sequence", "cycle-2", "sequence-2"),
+    )
+)
+GAP_PAIRS = tuple(
+    Pair(what="the router that trains causally", cell=_gap(f"threshold-3-{size}"), other=_gap(f"mor-3-{size}"))
+    for size in WIDTHS
 )
 
 
@@ -102,7 +125,10 @@ def _models(found: Mapping[str, Findings]) -> list[Claim]:
                 pair_table("cache-pairs", found, CACHE_PAIRS),
             ),
         ),
-        Claim(title="5. Sharing", tables=(quality_table("sharings", found["sharings"]),)),
+        Claim(
+            title="5. Sharing",
+            tables=(quality_table("sharings", found["sharings"]), pair_table("sharing-pairs", found, SHARING_PAIRS)),
+        ),
         Claim(
             title="6. IsoFLOP curves",
             tables=(quality_table("isoflop", isoflop), depths.optimum_table(isoflop)),
@@ -130,7 +156,10 @@ def _depths(found: Mapping[str, Findings]) -> list[Claim]:
 
 def _margins(found: Mapping[str, Findings]) -> list[Claim]:
     return [
-        Claim(title="10. The causal gap at three sizes", tables=(gap_table(found["gaps"]),)),
+        Claim(
+            title="10. The causal gap at three sizes",
+            tables=(gap_table(found["gaps"]), pair_table("gap-pairs", found, GAP_PAIRS)),
+        ),
         Claim(title="11. The learning rate", tables=(quality_table("rates", found["rates"]),)),
     ]
 
