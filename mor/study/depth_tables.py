@@ -5,15 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
-from mor.show.numbers import compact
+from mor.show.numbers import compact, count
 from mor.study.fits import fit_power_law
-from mor.study.isoflop import isoflop_fits
+from mor.study.isoflop import IsoflopFit, isoflop_fits
 from mor.study.results import Findings, Result, Spread, losses, own, paired
-from mor.study.tables import NOTHING, Table, difference, spread
+from mor.study.tables import NOTHING, Table, difference, seeds, spread
 
 TOLERANCE = 0.02  # of an asked mean depth
 EDGE = 0.05  # requests from 1 + EDGE to R - EDGE must be met
 DIAL_ARMS = {"twins": ("mor-2", "mor-3", "mor-4", "threshold-3"), "routers": ("token-balancing-loss",)}
+SPACED_SINCE = 3  # version of results whose thresholds are from rows at equal distances; before, from neighbouring ones
 
 
 def threshold_table(findings: Findings) -> Table:
@@ -31,7 +32,7 @@ def threshold_table(findings: Findings) -> Table:
                     _depth(result["fixed"]["mean_depth"] for result in both),
                     spread(Spread.of([nll for _, nll in fixed])),
                     difference(paired(fixed, losses(both))),
-                    str(len(both)),
+                    seeds([result["seed"] for result in both]),
                 )
             )
     head = ("arm", "depth, calibrated", "NLL, calibrated", "depth, fixed", "NLL, fixed", "fixed less calibrated")
@@ -43,24 +44,31 @@ def threshold_table(findings: Findings) -> Table:
 
 
 def asked_table(found: Mapping[str, Findings]) -> Table:
-    """How far measured mean depths are from those asked for, by arm; a run of several studies counts once."""
-    seen, every, rows = set[str](), list[float](), []
-    for name, findings in found.items():
-        for arm, group in _arms(findings):
-            new = [result for result in group if result["key"] not in seen]
-            seen |= {result["key"] for result in new if result["dial"]}
-            errors = [error for result in new for _, error in deviations(result)]
-            every += errors
-            if errors:
-                rows.append((name, arm, str(len(new)), *_errors(errors)))
-    if rows:
-        rows.append(("all", "", str(len(seen)), *_errors(every)))
-    head = ("study", "arm", "runs", "mean deviation", "worst deviation", "requests met within 2%")
+    """How far measured mean depths are from those asked for, by router and by the rows that thresholds are from; a run
+    of several studies, or of several budgets, counts once."""
+    runs = {result["key"]: result for findings in found.values() for result in findings.results if result["dial"]}
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in runs.values():
+        model = result["options"]["model"]
+        kind = f"{_words(model['router'])}, {model['num_recursions']} recursions"
+        groups.setdefault((kind, "equal distances" if is_spaced(result) else "neighbouring"), []).append(result)
+    rows = [(*group, str(len(of)), *_errors(of)) for group, of in sorted(groups.items())]
+    head = ("router", "calibrated on rows", "runs", "mean deviation", "worst deviation", "requests met within 2%")
     note = f"Requests: those from {1 + EDGE:g} to R - {EDGE:g}. A run that several studies share is counted once."
     return Table(name="asked", head=head, rows=tuple(rows), note=note)
 
 
-def _errors(errors: Sequence[float]) -> tuple[str, str, str]:
+def is_spaced(result: Result) -> bool:
+    """Whether its thresholds are from rows at equal distances over the training split."""
+    return result["version"] >= SPACED_SINCE
+
+
+def _words(router: str) -> str:
+    return router.replace("_", "-")
+
+
+def _errors(group: Sequence[Result]) -> tuple[str, str, str]:
+    errors = [error for result in group for _, error in deviations(result)]
     within = sum(abs(error) <= TOLERANCE for error in errors)
     mean, worst = statistics.fmean(abs(error) for error in errors), max(errors, key=abs)
     return f"{100 * mean:.2f}%", f"{100 * worst:+.2f}%", f"{within} of {len(errors)}"
@@ -75,16 +83,17 @@ def deviations(result: Result) -> list[tuple[float, float]]:
 
 def dial_table(found: Mapping[str, Findings]) -> Table:
     """NLL by the mean depth asked for, one column per arm."""
-    columns: dict[str, dict[float, Spread]] = {}
+    columns, those = dict[str, dict[float, Spread]](), list[str]()
     for _, arm, group in dial_arms(found):
         points = {e["requested"] for result in group for e in result["dial"]}
         columns[arm] = {
             asked: Spread.of([e["nll"] for r in group for e in r["dial"] if e["requested"] == asked])
             for asked in sorted(points)
         }
+        those.append(seeds([result["seed"] for result in group]))
     depths = sorted({depth for column in columns.values() for depth in column})
     rows = [(f"{depth:g}", *(spread(column.get(depth)) for column in columns.values())) for depth in depths]
-    return Table(name="dial", head=("asked depth", *columns), rows=tuple(rows))
+    return Table(name="dial", head=("asked depth", *columns), rows=(*rows, ("seeds", *those)) if rows else ())
 
 
 def dial_arms(found: Mapping[str, Findings]) -> Iterator[tuple[Findings, str, list[Result]]]:
@@ -107,34 +116,36 @@ def scaling_table(findings: Findings) -> Table:
             for n in range(most)
         ]
         trained = sum(point["is_trained"] for point in group[0]["scaling"])
-        rows.append((arm, str(trained), *(spread(point) for point in points), str(len(group))))
+        rows.append((arm, str(trained), *(spread(point) for point in points), seeds([r["seed"] for r in group])))
     head = ("arm", "trained with", *(str(number) for number in range(1, most + 1)), "seeds")
     note = "A router has weights for the recursions it was trained with, so only models without one go on."
     return Table(name="scaling", head=head, rows=tuple(rows), note=note)
 
 
 def cost_table(findings: Findings) -> Table:
-    """Peak memory and time of training at equal tokens."""
-    arms = [(arm, findings.of(arm, "equal-tokens")) for arm in findings.study.arms]
-    arms = [(arm, group) for arm, group in arms if group]
-    memory = {arm: _mean_or_none([r["training"]["peak_memory_gib"] for r in group]) for arm, group in arms}
-    seconds = {arm: Spread.of([r["training"]["seconds"] for r in group]) for arm, group in arms}
+    """Peak memory and time of training at equal tokens, of runs that shared a machine with as many others."""
+    groups: dict[tuple[int, str], list[Result]] = {}
+    for arm in findings.study.arms:
+        for result in findings.of(arm, "equal-tokens"):
+            groups.setdefault((result["training"]["jobs"], arm), []).append(result)
     base = findings.study.baseline
+    memory = {key: _mean_or_none([r["training"]["peak_memory_gib"] for r in group]) for key, group in groups.items()}
+    seconds = {key: Spread.of([r["training"]["seconds"] for r in group]) for key, group in groups.items()}
     rows = [
         (
+            str(jobs),
             arm,
-            NOTHING if (peak := memory[arm]) is None else f"{peak:.2f}",
-            _ratio(peak, memory.get(base)),
-            spread(seconds[arm], 1),
-            _ratio(seconds[arm].mean, seconds[base].mean if base in seconds else None),
-            compact(statistics.fmean(r["training"]["tokens"] for r in group) / seconds[arm].mean),
-            str(max(r["training"]["jobs"] for r in group)),
-            str(len(group)),
+            NOTHING if (peak := memory[jobs, arm]) is None else f"{peak:.2f}",
+            _ratio(peak, memory.get((jobs, base))),
+            spread(seconds[jobs, arm], 1),
+            _ratio(seconds[jobs, arm].mean, seconds[jobs, base].mean if (jobs, base) in seconds else None),
+            compact(statistics.fmean(r["training"]["tokens"] for r in group) / seconds[jobs, arm].mean),
+            seeds([result["seed"] for result in group]),
         )
-        for arm, group in arms
+        for (jobs, arm), group in sorted(groups.items(), key=lambda item: -item[0][0])
     ]
     beside = (f"of {base}'s", f"time of {base}'s")
-    head = ("arm", "peak memory, GiB", beside[0], "seconds", beside[1], "tokens/s", "runs at a time", "seeds")
+    head = ("runs at a time", "arm", "peak memory, GiB", beside[0], "seconds", beside[1], "tokens/s", "seeds")
     note = (
         "Seconds are those of a machine that several runs shared, compilation included: how long the study took, not "
         "how fast a model trains. Speed, memory and throughput of the same kinds of models, each alone on a GPU, are "
@@ -144,21 +155,40 @@ def cost_table(findings: Findings) -> Table:
 
 
 def optimum_table(findings: Findings) -> Table:
-    """Fitted optima of the isoFLOP curves."""
+    """Fitted optima of the isoFLOP curves, beside the points that they are fitted to."""
     rows, growth = [], dict[str, list[tuple[float, float]]]()
     for fit in isoflop_fits(findings):
-        if (best := fit.optimum) is None:
-            why = "the parabola has no minimum" if len(fit.points) > 2 else "fewer than three sizes are done"
-            rows.append((fit.kind, fit.budget, f"{fit.flops:.2e}", NOTHING, NOTHING, why))
-            continue
-        where = "inside the sizes trained" if best.is_inside else "outside: an extrapolation"
-        rows.append((fit.kind, fit.budget, f"{fit.flops:.2e}", compact(best.x), f"{best.loss:.4f}", where))
-        if best.is_inside:
+        sizes, losses_there = zip(*fit.points, strict=True)
+        points = (", ".join(count(size) for size in sizes), ", ".join(f"{loss:.3f}" for loss in losses_there))
+        best = fit.optimum
+        rows.append(
+            (
+                fit.kind,
+                fit.budget,
+                f"{fit.flops:.2e}",
+                *points,
+                NOTHING if best is None else compact(best.x),
+                NOTHING if best is None else f"{best.loss:.4f}",
+                _place(fit),
+            )
+        )
+        if best is not None and best.is_inside:
             growth.setdefault(fit.kind, []).append((fit.flops, best.x))
-    head = ("kind", "budget", "training FLOPs", "best size", "NLL there", "where it lies")
+    head = ("kind", "budget", "training FLOPs", "sizes", "NLL", "fitted best size", "NLL there", "where it lies")
     powers = [f"{kind} {fit_power_law(points)[1]:.2f}" for kind, points in growth.items() if len(points) > 1]
     note = f"Best size grows as FLOPs to the power of: {', '.join(powers)} (optima inside alone)." if powers else ""
     return Table(name="optima", head=head, rows=tuple(rows), note=note)
+
+
+def _place(fit: IsoflopFit) -> str:
+    """Where the best size lies, in words."""
+    if fit.optimum is not None and fit.optimum.is_inside:
+        return "inside the sizes trained"
+    if len(fit.points) < 3:
+        return "fewer than three sizes are done"
+    best = min(fit.points, key=lambda point: point[1])
+    ends = {fit.points[0]: "at the smallest size trained, or below", fit.points[-1]: "at the largest, or above"}
+    return ends.get(best, "the parabola has no minimum")
 
 
 def _arms(findings: Findings) -> list[tuple[str, list[Result]]]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mor.show.figure_key import with_key
 from mor.show.figures import Point, Series, line_chart
 from mor.show.numbers import compact, count
 from mor.show.page import svg_file
 from mor.show.palette import ARM_COLORS, ARM_DASHES
-from mor.study.depth_tables import EDGE, TOLERANCE, deviations, dial_arms
+from mor.study.depth_tables import EDGE, TOLERANCE, deviations, dial_arms, is_spaced
 from mor.study.grid import Study
 from mor.study.isoflop import IsoflopFit, isoflop_fits
 from mor.study.results import Findings, Result, own
+from mor.study.tables import seeds
 
 ARM_NUMBERS = {
     "mor-3": 0,
@@ -43,8 +44,8 @@ def arm_number(arm: str, study: Study) -> int:
 def curves(findings: Findings, budget: str) -> str | None:
     """NLL while training, mean over seeds."""
     series = []
-    for arm in findings.study.arms:
-        runs = [dict(r["curve"]) for r in findings.of(arm, budget) if r["curve"]]
+    for arm, group in findings.of_shared_seeds(findings.study.arms, budget).items():
+        runs = [dict(r["curve"]) for r in group if r["curve"]]
         if runs:
             shared = sorted(set.intersection(*(set(run) for run in runs)))
             points = tuple((float(tokens), statistics.fmean(run[tokens] for run in runs)) for tokens in shared)
@@ -55,46 +56,54 @@ def curves(findings: Findings, budget: str) -> str | None:
 def pareto(findings: Findings) -> str | None:
     """NLL by FLOPs per token: a ring at equal tokens, a dot at equal FLOPs."""
     series = []
-    for arm in findings.study.arms:
-        number = arm_number(arm, findings.study)
-        for budget in findings.budgets:
-            group = [(own(r)["flops_per_token"], own(r)["nll"]) for r in findings.of(arm, budget)]
-            if group:
-                is_last = budget == findings.last_budget
-                points = (_middle(group),)
-                name = arm if is_last else f"{arm}, {_words(budget)}"
-                series.append(
-                    Series(name=name, arm=number, points=points, joined=False, dots=is_last, rings=not is_last)
-                )
-    return _chart(series, "quality against cost, mean over seeds", "forward FLOPs per token")
+    for budget in findings.budgets:
+        for arm, results in findings.of_shared_seeds(findings.study.arms, budget).items():
+            is_last = budget == findings.last_budget
+            points = (_middle([(own(r)["flops_per_token"], own(r)["nll"]) for r in results]),)
+            number = arm_number(arm, findings.study)
+            series.append(_mark(arm, number, points, is_last))
+    title = "quality against cost, mean over seeds; dot: equal FLOPs, ring: equal tokens"
+    return _chart(series, title, "forward FLOPs per token")
+
+
+def _mark(arm: str, number: int, points: tuple[Point, ...], is_last: bool) -> Series:
+    """A dot with a name, or a ring without."""
+    name = arm if is_last else ""
+    return Series(name=name, arm=number, points=points, joined=False, dots=is_last, rings=not is_last, thin=not is_last)
 
 
 def thresholds(findings: Findings) -> str | None:
-    """Each router's dial, and as a ring the same models under fixed thresholds."""
+    """Each router's dial, and as a ring the same models under fixed thresholds. Token-choice, which has none, is left
+    out."""
+    arms = [run.arm for run in findings.study.runs if run.options.model.get("router") != "token_choice"]
+    groups = findings.of_shared_seeds(list(dict.fromkeys(arms)), findings.last_budget)
     series = []
-    for arm in findings.study.arms:
-        group = [result for result in findings.of(arm, findings.last_budget) if result["fixed"] is not None]
-        if group:
+    for arm, group in groups.items():
+        both = [result for result in group if result["fixed"] is not None]
+        if both:
             number = arm_number(arm, findings.study)
-            fixed = _middle([(result["fixed"]["mean_depth"], result["fixed"]["nll"]) for result in group])
-            series.append(Series(name=arm, arm=number, points=_dial(group), dots=True))
-            series.append(Series(name=f"{arm}, fixed", arm=number, points=(fixed,), rings=True, joined=False))
-    return _chart(series, "calibrated thresholds and fixed ones, mean over seeds", "mean depth measured")
+            fixed = _middle([(result["fixed"]["mean_depth"], result["fixed"]["nll"]) for result in both])
+            series.append(Series(name=arm, arm=number, points=_dial(both), dots=True))
+            series.append(Series(name="", arm=number, points=(fixed,), thin=True, rings=True, joined=False))
+    title = f"calibrated thresholds; ring: fixed ones; mean over seeds {_seeds(groups.values())}"
+    return _chart(series, title, "mean depth measured")
 
 
 def dial(found: Mapping[str, Findings]) -> str | None:
     """NLL of one model by mean depth."""
     series = [
         Series(name=arm, arm=arm_number(arm, findings.study), points=_dial(group), dots=True)
-        for findings, arm, group in dial_arms(found)
+        for findings, arm, group in _twins(found)
     ]
     return _chart(series, "one model, many depths: causal NLL, mean over seeds", "mean depth measured")
 
 
 def asked(found: Mapping[str, Findings]) -> str | None:
-    """How far mean depths are from those asked for, the worst of the seeds, between lines at 2%."""
+    """How far mean depths are from those asked for, the worst of the seeds, between lines at 2%; of runs that were
+    calibrated on rows at equal distances, where there are such."""
     series = []
-    for findings, arm, group in dial_arms(found):
+    for findings, arm, group in _twins(found):
+        group = [result for result in group if is_spaced(result)] or group
         places: dict[float, list[float]] = {}
         for depth, error in (pair for result in group for pair in deviations(result)):
             places.setdefault(depth, []).append(100 * error)
@@ -105,14 +114,24 @@ def asked(found: Mapping[str, Findings]) -> str | None:
     most = max(x for line in series for x, _ in line.points)
     for limit in (-100 * TOLERANCE, 100 * TOLERANCE):
         series.append(Series(name="", arm=1, points=((1 + EDGE, limit), (most, limit)), thin=True))
-    return _chart(series, "measured mean depth against the one asked for", "mean depth asked for", "deviation, %")
+    return _chart(
+        series, "measured mean depth against the one asked for, worst seed", "mean depth asked for", "deviation, %"
+    )
+
+
+def _twins(found: Mapping[str, Findings]) -> list[tuple[Findings, str, list[Result]]]:
+    """The arms of the dial that are of the study of twins, of the seeds that all have: what other routers do would
+    flatten these."""
+    every = [(findings, arm) for findings, arm, _ in dial_arms(found) if findings is found["twins"]]
+    groups = found["twins"].of_shared_seeds([arm for _, arm in every], "equal-flops")
+    return [(findings, arm, groups[arm]) for findings, arm in every]
 
 
 def scaling(findings: Findings) -> str | None:
     """NLL by number of recursions, which all tokens take; a ring at the number that was trained."""
     series = []
-    for arm in findings.study.arms:
-        group = [result for result in findings.of(arm, findings.last_budget) if result["scaling"]]
+    for arm, results in findings.of_shared_seeds(findings.study.arms, findings.last_budget).items():
+        group = [result for result in results if result["scaling"]]
         if group:
             number, steps = arm_number(arm, findings.study), group[0]["scaling"]
             points = tuple(
@@ -135,7 +154,7 @@ def isoflop(findings: Findings) -> str | None:
         line = logs if fit.optimum is None else _parabola(fit)
         series.append(Series(name=f"{fit.kind} at {fit.budget}", arm=number, points=line))
         series.append(Series(name="", arm=number, points=logs, thin=True, dots=True, joined=False))
-    title = "isoFLOP: causal NLL by size, with fitted parabolas"
+    title = "isoFLOP: causal NLL by size, with parabolas where they have a minimum"
     return _chart(series, title, "non-embedding parameters", x_format=lambda log: count(10**log, digits=2))
 
 
@@ -166,6 +185,10 @@ def _chart(
         return None
     figure = line_chart(series, title=title, x_label=x_label, y_label=f"{title}: {y_label}", x_format=x_format)
     return svg_file(with_key(figure, series))
+
+
+def _seeds(groups: Iterable[Sequence[Result]]) -> str:
+    return seeds(sorted({result["seed"] for group in groups for result in group}))
 
 
 def _words(budget: str) -> str:

@@ -63,6 +63,15 @@ class Findings:
         """The results of an arm at a budget, one per seed."""
         return [result for result in self.results if (result["arm"], result["budget"]) == (arm, budget)]
 
+    def of_shared_seeds(self, arms: Sequence[str], budget: str) -> dict[str, list[Result]]:
+        """The results at a budget of those of `arms` that have any, of the seeds that all of these have: means over
+        other seeds are means over other data. All their results where they share no seed."""
+        groups = {arm: group for arm in arms if (group := self.of(arm, budget))}
+        shared = set[int].intersection(*({r["seed"] for r in group} for group in groups.values())) if groups else set()
+        if not shared:
+            return groups
+        return {arm: [result for result in group if result["seed"] in shared] for arm, group in groups.items()}
+
     def summaries(self) -> list[ArmSummary]:
         """One per arm and budget that have results, budgets first."""
         pairs = [(budget, arm) for budget in self.budgets for arm in self.study.arms]
@@ -76,12 +85,16 @@ class Findings:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSummary:
-    """An arm at a budget. `difference`: NLL less the baseline's of the same seed; None for the baseline itself, and
-    where no seed has both. `top_k`, `gap`, `gap_share`: NLL under `top_k`, and causal less `top_k` NLL in nats and as
-    a share of the causal one; None without `top_k`."""
+    """An arm at a budget.
+
+    `seeds`: those that are done. `difference`: NLL less the baseline's of the same seed; None for the baseline itself,
+    and where no seed has both. `top_k`, `gap`, `gap_share`: NLL under `top_k`, and causal less `top_k` NLL in nats and
+    as a share of the causal one; None without `top_k`.
+    """
 
     arm: str
     budget: str
+    seeds: tuple[int, ...]
     nll: Spread
     mean_depth: Spread
     difference: Spread | None
@@ -149,6 +162,7 @@ def _summary(findings: Findings, arm: str, budget: str) -> ArmSummary:
     return ArmSummary(
         arm=arm,
         budget=budget,
+        seeds=tuple(sorted(result["seed"] for result in group)),
         nll=Spread.of([q["nll"] for q in quality]),
         mean_depth=Spread.of([q["mean_depth"] for q in quality]),
         difference=difference,

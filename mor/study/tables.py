@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mor.show.numbers import compact, count
-from mor.study.results import ArmSummary, Findings, Spread
+from mor.study.results import ArmSummary, Findings, Result, Spread, own
 
 NOTHING = "–"
 
@@ -67,7 +67,7 @@ def _row(summary: ArmSummary, with_budget: bool, with_kv: bool) -> tuple[str, ..
         spread(summary.top_k),
         share(summary.gap_share),
         difference(summary.difference),
-        str(summary.nll.count),
+        seeds(summary.seeds),
     )
 
 
@@ -98,7 +98,7 @@ def gap_table(findings: Findings) -> Table:
             share(summary.gap_share),
             f"{summary.mean_depth.mean:.3f}",
             f"{_top_k_depth(findings, summary):.3f}",
-            str(summary.nll.count),
+            seeds(summary.seeds),
         )
         for summary in findings.summaries()
         if summary.gap is not None
@@ -110,6 +110,73 @@ def gap_table(findings: Findings) -> Table:
 def _top_k_depth(findings: Findings, summary: ArmSummary) -> float:
     depths = [r["own"]["gap"]["top_k_depth"] for r in findings.of(summary.arm, summary.budget) if r["own"]["gap"]]
     return statistics.fmean(depths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """An arm of a study at a budget."""
+
+    study: str
+    arm: str
+    budget: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two cells that differ in `what`, and whose results of one seed are compared."""
+
+    what: str
+    cell: Cell
+    other: Cell
+
+
+def pair_table(name: str, found: Mapping[str, Findings], pairs: Sequence[Pair]) -> Table:
+    """NLL of one cell less that of another, seed by seed; pairs without a seed that both have are left out."""
+    rows = []
+    for pair in pairs:
+        group, others = ({r["seed"]: r for r in found[c.study].of(c.arm, c.budget)} for c in (pair.cell, pair.other))
+        shared = sorted(group.keys() & others.keys())
+        if shared:
+            differences = [own(group[seed])["nll"] - own(others[seed])["nll"] for seed in shared]
+            tokens = [count(side[shared[0]]["training"]["tokens"]) for side in (group, others)]
+            each = ", ".join(f"{value:+.3f}" for value in differences)
+            mean = difference(Spread.of(differences))
+            rows.append((pair.what, pair.cell.arm, pair.other.arm, " / ".join(tokens), each, mean, seeds(shared)))
+    head = ("what differs", "arm", "less", "tokens of both", "by seed", "mean", "seeds")
+    return Table(name=name, head=head, rows=tuple(rows))
+
+
+def seed_table(found: Mapping[str, Findings]) -> Table:
+    """Causal NLL of every run, seed by seed, and which commit each is of; a run of several studies stands once."""
+    runs: dict[tuple[str, ...], dict[int, Result]] = {}
+    keys, commits = set[str](), list[str]()
+    for name, findings in found.items():
+        for result in findings.results:
+            if result["key"] not in keys:
+                keys.add(result["key"])
+                commits.append(_commit(result))
+                runs.setdefault((name, result["budget"], result["arm"]), {})[result["seed"]] = result
+    marks = {commit: "\\*" * number for number, commit in enumerate(dict.fromkeys(commits))}
+    columns = sorted({seed for group in runs.values() for seed in group})
+
+    def told(result: Result | None) -> str:
+        if result is None:
+            return NOTHING
+        return f"{own(result)['nll']:.4f}" + marks[_commit(result)]
+
+    rows = [(*cell, *(told(group.get(seed)) for seed in columns)) for cell, group in runs.items()]
+    note = ", ".join(f"`{commit}`{mark}" for commit, mark in marks.items())
+    head = ("study", "budget", "arm", *(f"seed {seed}" for seed in columns))
+    return Table(name="seeds", head=head, rows=tuple(rows), note=f"Commits: {note}." if marks else "")
+
+
+def _commit(result: Result) -> str:
+    return str(result["provenance"]["commit"])[:7]
+
+
+def seeds(values: Sequence[int]) -> str:
+    """Seeds by name: means over different ones cannot be compared."""
+    return ", ".join(str(value) for value in values)
 
 
 def spread(value: Spread | None, digits: int = 4) -> str:

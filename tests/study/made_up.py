@@ -13,6 +13,7 @@ from mor.config import to_dict
 from mor.model.configuration_mor import WITH_CAPACITIES, MorConfig
 from mor.model.cost import count_parameters
 from mor.study.grid import Study, StudyRun
+from mor.study.measure import VERSION
 from mor.study.places import RESULT, RUNS
 from mor.study.results import Findings
 from mor.study.studies import STUDIES
@@ -50,6 +51,7 @@ def result(run: StudyRun, nll: float) -> dict[str, Any]:
     there = "/somewhere/on this machine/shards"
     data = dataclasses.replace(run.options.data, path=there)
     return {
+        "version": VERSION,
         "key": run.key,
         "provenance": {
             "command": f"mor study example --data '{there}' --out=/somewhere/studies/",

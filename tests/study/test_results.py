@@ -47,6 +47,18 @@ def test_what_has_no_partner_is_not_compared() -> None:
         Spread.of([])
 
 
+def test_arms_are_shown_by_the_seeds_that_all_have() -> None:
+    both = of_tokens()
+    lone = Findings(study=both.study, results=tuple(r for r in both.results if (r["arm"], r["seed"]) != ("vanilla", 1)))
+    shared = lone.of_shared_seeds(["vanilla", "mor-3"], "tokens")
+    assert {arm: [r["seed"] for r in group] for arm, group in shared.items()} == {"vanilla": [0], "mor-3": [0]}
+    assert [r["seed"] for r in lone.of_shared_seeds(["mor-3", "no such arm"], "tokens")["mor-3"]] == [0, 1]
+    apart = tuple(r for r in both.results if (r["arm"], r["seed"]) in (("vanilla", 0), ("mor-3", 1)))
+    none_shared = Findings(study=both.study, results=apart).of_shared_seeds(["vanilla", "mor-3"], "tokens")
+    assert {arm: [r["seed"] for r in group] for arm, group in none_shared.items()} == {"vanilla": [0], "mor-3": [1]}
+    assert lone.of_shared_seeds(["vanilla"], "flops") == {}
+
+
 def test_only_seeds_with_a_baseline_are_compared() -> None:
     both = of_tokens()
     lone = Findings(study=both.study, results=tuple(r for r in both.results if (r["arm"], r["seed"]) != ("vanilla", 1)))

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from mor.study.depth_tables import (
+    SPACED_SINCE,
     asked_table,
     cost_table,
     deviations,
@@ -15,11 +16,10 @@ from mor.study.depth_tables import (
     scaling_table,
     threshold_table,
 )
-from mor.study.grid import Study
 from mor.study.isoflop import isoflop_fits
 from mor.study.results import Findings
 from mor.study.studies import study
-from mor.study.tables import Table, gap_table, origin, quality_table
+from mor.study.tables import Cell, Pair, Table, gap_table, origin, pair_table, quality_table, seed_table
 from tests.study.made_up import DEPTH_ERROR, everything, findings
 from tests.study.test_results import of_tokens
 
@@ -37,7 +37,7 @@ def test_quality_stands_beside_the_baseline() -> None:
     assert mor["`top_k` NLL"] == "3.2850 ± 0.5586"
     assert mor["gap, % of NLL"] == "+0.44 ± 0.14"
     assert mor["less vanilla"] == "-0.2000 ± 0.1000"
-    assert (mor["mean depth"], mor["FLOPs/token"], mor["seeds"]) == ("2.00", "2M", "2")
+    assert (mor["mean depth"], mor["FLOPs/token"], mor["seeds"]) == ("2.00", "2M", "0, 1")
     assert row(table, "vanilla")["less vanilla"] == "–"
     assert table.note == "4 of 8 runs are done."
     assert table.text.splitlines()[1] == "| " + " | ".join(["---"] * len(table.head)) + " |"
@@ -70,21 +70,47 @@ def test_fixed_thresholds_beside_calibrated_ones() -> None:
     assert row(table, "mor-3")["depth, fixed"] == "1.00 ± 0.00"
 
 
+def test_pairs_are_compared_seed_by_seed() -> None:
+    found = {"example": of_tokens()}
+    mor, vanilla = (Cell(study="example", arm=arm, budget="tokens") for arm in ("mor-3", "vanilla"))
+    table = pair_table("pairs", found, [Pair(what="routing", cell=mor, other=vanilla)])
+    told = row(table, "routing")
+    assert (told["arm"], told["less"], told["seeds"]) == ("mor-3", "vanilla", "0, 1")
+    assert (told["by seed"], told["mean"]) == ("-0.100, -0.300", "-0.2000 ± 0.1000")
+    alone = {"example": of_tokens(arms=("mor-3",))}
+    assert pair_table("pairs", alone, [Pair(what="routing", cell=mor, other=vanilla)]).rows == ()
+
+
+def test_every_run_stands_once_with_its_commit() -> None:
+    found = everything()
+    table = seed_table(found)
+    runs = {r["key"] for each in found.values() for r in each.results}
+    assert sum(cell != "–" for cells in table.rows for cell in cells[3:]) == len(runs)
+    later = ({**r, "provenance": {"commit": "def" if r["seed"] else "abc"}} for r in of_tokens().results)
+    table = seed_table({"example": dataclasses.replace(of_tokens(), results=tuple(later))})
+    told = row(table, "example", "tokens", "vanilla")
+    assert (told["seed 0"], told["seed 1"]) == ("3.0000", "4.0000\\*")
+    assert table.note == "Commits: `abc`, `def`\\*."
+
+
 def test_asked_depths_are_compared_inside_the_range_and_runs_count_once() -> None:
     found = everything()
     mor = next(r for r in found["twins"].results if r["arm"] == "mor-2")
     assert [asked for asked, _ in deviations(mor)] == [1.05, 1.25, 1.5, 1.75, 1.95]
     assert {round(error, 9) for _, error in deviations(mor)} == {DEPTH_ERROR}
     table = asked_table(found)
-    assert row(table, "twins", "mor-2")["requests met within 2%"] == "15 of 15"
-    assert row(table, "twins", "mor-2")["worst deviation"] == "+1.00%"
-    assert not [cells for cells in table.rows if cells[:2] == ("controls", "mor-3")], "the same runs as in twins"
-    runs = {r["key"] for each in found.values() for r in each.results if r["dial"] and r["budget"] == last(each.study)}
-    assert row(table, "all")["runs"] == str(len(runs))
+    two = row(table, "expert-choice, 2 recursions", "equal distances")
+    assert (two["runs"], two["requests met within 2%"], two["worst deviation"]) == ("6", "30 of 30", "+1.00%")
+    runs = {r["key"] for each in found.values() for r in each.results if r["dial"]}
+    assert sum(int(cells[2]) for cells in table.rows) == len(runs)
 
 
-def last(of: Study) -> str:
-    return of.runs[-1].budget
+def test_calibration_on_neighbouring_rows_is_told_apart() -> None:
+    found = everything()
+    old = tuple({**r, "version": SPACED_SINCE - (r["seed"] == 0)} for r in found["twins"].results)
+    table = asked_table({"twins": dataclasses.replace(found["twins"], results=old)})
+    kinds = [cells[1] for cells in table.rows if cells[0] == "expert-choice, 2 recursions"]
+    assert kinds == ["equal distances", "neighbouring"]
 
 
 def test_the_dial_has_a_column_for_each_arm() -> None:
@@ -92,6 +118,7 @@ def test_the_dial_has_a_column_for_each_arm() -> None:
     assert table.head == ("asked depth", "mor-2", "mor-3", "mor-4", "threshold-3")
     assert row(table, "1.95")["mor-3"] == "–"
     assert "±" in row(table, "1.95")["mor-2"]
+    assert row(table, "seeds")["mor-2"] == "0, 1, 2"
 
 
 def test_more_recursions_and_costs() -> None:
@@ -100,10 +127,17 @@ def test_more_recursions_and_costs() -> None:
     assert row(table, "recursive-3")["trained with"] == "3"
     assert row(table, "mor-2")["3"] == "–"
     assert "±" in row(table, "recursive-3")["5"]
-    costs = row(cost_table(twins), "mor-3")
-    assert (costs["peak memory, GiB"], costs["runs at a time"]) == ("3.00", "2")
+    costs = row(cost_table(twins), "2", "mor-3")
+    assert (costs["peak memory, GiB"], costs["seeds"]) == ("3.00", "0, 1, 2")
     assert costs["time of vanilla's"] == "100%"
     assert costs["of vanilla's"] == "150%"
+
+
+def test_times_of_runs_with_unlike_company_are_not_mixed() -> None:
+    twins = findings(study("twins", 512))
+    unlike = ({**r, "training": {**r["training"], "jobs": 9 - r["seed"]}} for r in twins.results)
+    table = cost_table(dataclasses.replace(twins, results=tuple(unlike)))
+    assert [cells[0] for cells in table.rows if cells[1] == "mor-3"] == ["9", "8", "7"]
 
 
 def test_isoflop_curves_have_optima() -> None:
@@ -115,6 +149,8 @@ def test_isoflop_curves_have_optima() -> None:
     table = optimum_table(found)
     assert row(table, "mor-3", "1x")["where it lies"] == "inside the sizes trained"
     assert "mor-3 " in table.note
+    growing = optimum_table(findings(study("isoflop", 512), lambda run: float(run.options.model["hidden_size"])))
+    assert row(growing, "mor-3", "1x")["where it lies"] == "at the smallest size trained, or below"
     assert isoflop_fits(of_tokens()) == [], "3 is a number of recursions, not a size"
 
 
