@@ -3,6 +3,7 @@
 Tensor names: B rows of a batch, T tokens of a row.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,22 +27,16 @@ class Batch:
     epoch: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """The part of a document, from `start` to `stop`, that a row holds."""
-
-    document: int
-    start: int
-    stop: int
-
-
 class PackedLoader:
-    """Endless batches: every epoch gives all documents in a new order, end to end, cut into rows of `sequence_length`.
+    """Endless batches: every epoch gives all rows of `sequence_length` tokens in a new order.
 
-    Each document ends with its end-of-text token, and the last tokens of an epoch share a row with the first of the
-    next, so that an epoch gives every token exactly once. The rows form one global stream, whose batches `world_size`
-    ranks take in turn; it depends on nothing but the shards, `seed` and `sequence_length`. Memory does not grow with
-    the number of documents.
+    The documents of the split lie end to end as they were written, each with its end-of-text token, and the last is
+    followed by the first. From this ring an epoch cuts rows one after the other, beginning at a place of its own, so
+    that what is left over, less than a row, is another part in each. Neighbours in a batch are rows from anywhere: rows
+    of one document after the other would teach a model one thing at a time.
+
+    The rows form one global stream, whose batches `world_size` ranks take in turn; it depends on nothing but the
+    shards, `seed` and `sequence_length`. Memory does not grow with the split.
 
     Args:
         batch_size: rows that this rank gets in each batch (B).
@@ -71,7 +66,8 @@ class PackedLoader:
         self.rank = rank
         self.world_size = world_size
         self._data = int(shards.fingerprint[:12], 16)
-        self._move(epoch=0, position=0, offset=0)
+        self._num_rows = max(1, shards.num_tokens // sequence_length)
+        self._epoch = self._row = 0
 
     def __iter__(self) -> "PackedLoader":
         return self
@@ -79,17 +75,15 @@ class PackedLoader:
     def __next__(self) -> Batch:
         """The next batch of this rank. Raises ValueError when a shard turns out to be damaged."""
         epoch = self._epoch
-        shape = (self.batch_size, self.sequence_length)
-        ids_BT = np.empty(shape, dtype=np.int64)
-        documents_BT = np.empty(shape, dtype=np.int64)
-        for row in range(self.batch_size * self.world_size):
-            pieces = self._next_row()
-            rank, place = divmod(row, self.batch_size)
-            if rank == self.rank:
-                self._fill(pieces, ids_BT[place], documents_BT[place])
+        ids_BT = np.empty((self.batch_size, self.sequence_length), dtype=np.int64)
+        documents_BT = np.zeros_like(ids_BT) if self.document_ids else None
+        for number in range(self.batch_size):
+            start = self._start(*self._ahead(self.rank * self.batch_size + number))
+            self._fill(start, ids_BT[number], None if documents_BT is None else documents_BT[number])
+        self._epoch, self._row = self._ahead(self.batch_size * self.world_size)
         return Batch(
             input_ids=torch.from_numpy(ids_BT),
-            document_ids=torch.from_numpy(documents_BT) if self.document_ids else None,
+            document_ids=None if documents_BT is None else torch.from_numpy(documents_BT),
             epoch=epoch,
         )
 
@@ -97,58 +91,55 @@ class PackedLoader:
         """Where the global stream stands: a few integers, the same on every rank and for every `world_size`."""
         return {
             "epoch": self._epoch,
-            "position": self._position,
-            "offset": self._offset,
+            "row": self._row,
+            "sequence_length": self.sequence_length,
             "seed": self.seed,
             "data": self._data,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue exactly where `state` was taken. Raises ValueError when it belongs to other data or another seed."""
+        """Continue exactly where `state` was taken. Raises ValueError when it belongs to other data, another seed or
+        another `sequence_length`."""
         if set(state) != set(self.state_dict()):
             raise ValueError(f"loader state has keys {sorted(state)}; expected {sorted(self.state_dict())}")
         if state["data"] != self._data:
             raise ValueError(f"loader state belongs to other token shards than {self.shards.folder}")
-        if state["seed"] != self.seed:
-            raise ValueError(f"loader state belongs to seed={state['seed']}, not seed={self.seed}")
-        if not 0 <= state["position"] < len(self.shards):
-            raise ValueError(f"loader state has position={state['position']} among {len(self.shards)} documents")
-        self._move(epoch=state["epoch"], position=state["position"], offset=state["offset"])
-        if not 0 <= self._offset < self._length:
-            raise ValueError(f"loader state has offset={self._offset} in a document of {self._length} tokens")
+        for name in ("seed", "sequence_length"):
+            if state[name] != getattr(self, name):
+                raise ValueError(f"loader state belongs to {name}={state[name]}, not {name}={getattr(self, name)}")
+        if not 0 <= state["row"] < self._num_rows:
+            raise ValueError(f"loader state has row={state['row']} among {self._num_rows} rows of an epoch")
+        self._epoch, self._row = state["epoch"], state["row"]
 
-    def _move(self, *, epoch: int, position: int, offset: int) -> None:
-        """Go to token `offset` of the document that is at `position` in the order of `epoch`."""
-        self._epoch, self._position, self._offset = epoch, position, offset
-        self._order = Permutation(len(self.shards), f"{self.seed}/{epoch}")
-        self._document = self._order(position)
-        self._length = self.shards.document_length(self._document)
+    def _ahead(self, rows: int) -> tuple[int, int]:
+        """Epoch and row so many rows from here."""
+        epochs, row = divmod(self._row + rows, self._num_rows)
+        return self._epoch + epochs, row
 
-    def _next_row(self) -> list[Piece]:
-        """What the next row of the global stream holds; moves on to its end."""
-        pieces: list[Piece] = []
-        missing = self.sequence_length
-        while missing:
-            stop = min(self._offset + missing, self._length)
-            pieces.append(Piece(document=self._document, start=self._offset, stop=stop))
-            missing -= stop - self._offset
-            if stop < self._length:
-                self._offset = stop
-            elif self._position + 1 < len(self.shards):
-                self._position, self._offset = self._position + 1, 0
-                self._document = self._order(self._position)
-                self._length = self.shards.document_length(self._document)
-            else:
-                self._move(epoch=self._epoch + 1, position=0, offset=0)
-        return pieces
+    def _start(self, epoch: int, row: int) -> int:
+        """Where in the ring a row of an epoch begins."""
+        first, order = _epoch_order(self.shards.num_tokens, self._num_rows, f"{self.seed}/{epoch}")
+        return (first + order(row) * self.sequence_length) % self.shards.num_tokens
 
-    def _fill(self, pieces: list[Piece], ids_T: np.ndarray, documents_T: np.ndarray) -> None:
+    def _fill(self, start: int, ids_T: np.ndarray, documents_T: np.ndarray | None) -> None:
+        """Write the row that begins at `start`, and the numbers of its documents if they are wanted."""
         filled = 0
-        for number, piece in enumerate(pieces):
-            end = filled + piece.stop - piece.start
-            ids_T[filled:end] = self.shards.document(piece.document, piece.start, piece.stop)
-            documents_T[filled:end] = number
-            filled = end
+        while filled < len(ids_T):
+            stop = min(start + len(ids_T) - filled, self.shards.num_tokens)
+            ids_T[filled : filled + stop - start] = self.shards.read(start, stop)
+            if documents_T is not None:
+                documents_T[self.shards.document_starts(start, stop) - start + filled] = 1
+            filled += stop - start
+            start = 0
+        if documents_T is not None:
+            documents_T[0] = 0
+            documents_T.cumsum(out=documents_T)
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch_order(num_tokens: int, num_rows: int, key: str) -> tuple[int, Permutation]:
+    """Where an epoch's first row begins, and the order of its rows."""
+    return Permutation(num_tokens, f"{key}/first")(0), Permutation(num_rows, key)
 
 
 def evaluation_batches(

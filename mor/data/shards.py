@@ -3,10 +3,11 @@
 import bisect
 import hashlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from mor.data.build import ShardProgress, build_shards, write_shards
@@ -77,11 +78,6 @@ class TokenShards:
         hashes = (shard.tokens_sha256 + shard.ends_sha256 for shard in self._entry.shards)
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
-    def document_length(self, index: int) -> int:
-        """Tokens of document `index`, its end included."""
-        _, start, stop = self._locate(index)
-        return stop - start
-
     def document(self, index: int, start: int = 0, stop: int | None = None) -> Ids:
         """The ids of document `index`, or of its part from `start` to `stop`, as a view of the file.
 
@@ -93,15 +89,28 @@ class TokenShards:
 
     def read(self, start: int, stop: int) -> Ids:
         """The ids from `start` to `stop` of the whole split, documents one after the other. Raises as `document`."""
-        pieces: list[Ids] = []
+        pieces = [self._checked(self._tokens[shard][a:b], shard) for shard, a, b in self._parts(start, stop)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Where documents begin among the tokens from `start` to `stop`, ascending."""
+        found: list[npt.NDArray[np.int64]] = []
+        for shard, a, b in self._parts(start, stop):
+            ends = self._ends[shard]
+            first, last = np.searchsorted(ends, a), np.searchsorted(ends, b)
+            starts = ends[first:last].astype(np.int64)
+            found.append(self._first_token[shard] + (starts if a else np.concatenate(([0], starts))))
+        return np.concatenate(found)
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The shards in which the tokens from `start` to `stop` lie, and from where to where in each."""
         shard = bisect.bisect_right(self._first_token, start) - 1
         while start < stop and shard < len(self._tokens):
             offset = start - self._first_token[shard]
-            piece = self._tokens[shard][offset : offset + stop - start]
-            pieces.append(self._checked(piece, shard))
-            start += len(piece)
+            length = min(len(self._tokens[shard]) - offset, stop - start)
+            yield shard, offset, offset + length
+            start += length
             shard += 1
-        return np.concatenate(pieces)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError when a model of `vocab_size` has no embedding for some of the token ids."""

@@ -29,7 +29,9 @@ from mor.study.provenance import provenance
 from mor.train.journal import read_journal
 from mor.train.options import RunOptions
 
-VERSION = 3
+VERSION = 4
+"""Of results that can be compared. 3: thresholds from rows at equal distances; 4: trained on rows in random order."""
+
 PROBE_TOKENS, PROBE_SUFFIXES = 128, 32
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mor.files import write_json
 from mor.study.grid import Study, StudyRun, distinct
-from mor.study.measure import measure_run
+from mor.study.measure import VERSION, measure_run
 from mor.study.places import Places
 from mor.study.provenance import data_fingerprint
 from mor.train.loop import train
@@ -60,11 +60,17 @@ def finish_run(run: StudyRun, places: Places, *, progress: ProgressReporter | No
 
 
 def is_done(run: StudyRun, places: Places) -> bool:
-    """Whether the run's folder holds its result. Raises ValueError when it is of other options or other data."""
+    """Whether the run's folder holds its result. Raises ValueError when it is of other options, other data or
+    another version."""
     path, options = places.result(run), places.options(run)
     if not path.is_file():
         return False
     result = json.loads(path.read_text(encoding="utf-8"))
+    if result["version"] != VERSION:
+        raise ValueError(
+            f"{path} is a result of version {result['version']}, which was trained or measured in another way than "
+            f"version {VERSION}; choose another --out"
+        )
     check_same_options(result["options"], options)
     held_out = places.held_out or places.data
     for name, what, folder in (("data", "training", places.data), ("held_out", "held-out", held_out)):

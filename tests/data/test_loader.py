@@ -1,8 +1,9 @@
-"""An epoch gives every token once, whatever the batch, and a loader continues exactly where its state was taken."""
+"""An epoch gives every row once, whatever the batch, and a loader continues exactly where its state was taken."""
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -43,26 +44,34 @@ def rows(loader: PackedLoader, num_batches: int) -> list[list[int]]:
     return [row for _, batch in zip(range(num_batches), loader) for row in batch.input_ids.tolist()]
 
 
-def split_at_ends(tokens: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    document: list[int] = []
-    for token in tokens:
-        document.append(token)
-        if token == END:
-            yield tuple(document)
-            document = []
+def ring_rows(shards: TokenShards, first: int, sequence_length: int) -> list[tuple[int, ...]]:
+    """The rows of an epoch that begins at token `first`, in the order of the split."""
+    tokens, num_rows = shards.read(0, shards.num_tokens).tolist(), max(1, shards.num_tokens // sequence_length)
+    return [
+        tuple(tokens[(first + row * sequence_length + i) % len(tokens)] for i in range(sequence_length))
+        for row in range(num_rows)
+    ]
 
 
 @given(lengths=CORPUS, sequence_length=st.integers(1, 60), batch_size=st.integers(1, 3), seed=st.integers(0, 5))
-def test_an_epoch_gives_every_token_once(shards_of, lengths, sequence_length: int, batch_size: int, seed: int):
+def test_an_epoch_gives_every_row_once(shards_of, lengths, sequence_length: int, batch_size: int, seed: int):
+    """From some place of the ring on; so no token comes twice, and those that are left out are less than a row."""
     shards = shards_of(lengths)
-    epochs = 3
+    epochs, num_rows = 3, max(1, shards.num_tokens // sequence_length)
     loader = PackedLoader(shards, batch_size=batch_size, sequence_length=sequence_length, seed=seed)
-    num_batches = -(-epochs * shards.num_tokens // (batch_size * sequence_length))
-    stream = [token for row in rows(loader, num_batches) for token in row]
-    expected = Counter((*document.encode(), END) for document in documents_of(lengths))
+    stream = [tuple(row) for row in rows(loader, -(-epochs * num_rows // batch_size))]
+    possible = [Counter(ring_rows(shards, first, sequence_length)) for first in range(shards.num_tokens)]
     for epoch in range(epochs):
-        part = stream[epoch * shards.num_tokens : (epoch + 1) * shards.num_tokens]
-        assert Counter(split_at_ends(part)) == expected
+        assert Counter(stream[epoch * num_rows : (epoch + 1) * num_rows]) in possible
+
+
+@pytest.mark.parametrize("texts", [documents_of([9] * 60), ["".join(chr(33 + i) * 10 for i in range(60))]])
+def test_a_batch_has_rows_from_anywhere(texts: list[str], make_shards: MakeShards):
+    """Of a split that is many short documents, as of one that is a long one."""
+    loader = PackedLoader(make_shards(texts), batch_size=30, sequence_length=10, seed=0)
+    places = [row[0] if row[0] != END else row[1] - 1 for row in rows(loader, 1)]
+    assert len(set(places)) >= 29
+    assert sum(abs(a - b) <= 1 for a, b in pairwise(places)) <= 3
 
 
 @given(lengths=CORPUS, sequence_length=st.integers(1, 60), before=st.integers(0, 9), data=st.data())
@@ -105,9 +114,9 @@ def test_ranks_share_one_stream(shards_of, lengths, world_size: int, sequence_le
 
 
 def test_batches_have_the_promised_form(make_shards: MakeShards):
-    loader = PackedLoader(make_shards(["abc", "defgh"]), batch_size=2, sequence_length=7, seed=0)
+    loader = PackedLoader(make_shards(["abc", "defgh"]), batch_size=2, sequence_length=5, seed=0)
     batch = next(loader)
-    assert (batch.input_ids.shape, batch.input_ids.dtype, batch.document_ids) == ((2, 7), torch.int64, None)
+    assert (batch.input_ids.shape, batch.input_ids.dtype, batch.document_ids) == ((2, 5), torch.int64, None)
     assert batch.epoch == 0
     assert next(loader).epoch == 1
     assert iter(loader) is loader
@@ -125,12 +134,11 @@ def test_document_ids_follow_the_documents(make_shards: MakeShards):
 
 
 def test_every_epoch_has_its_own_order(make_shards: MakeShards):
-    shards = make_shards(documents_of([1] * 40))
-    loader = PackedLoader(shards, batch_size=1, sequence_length=80, seed=0)
-    orders = {tuple(row) for row in rows(loader, 5)}
-    assert len(orders) == 5
-    other = PackedLoader(shards, batch_size=1, sequence_length=80, seed=1)
-    assert not orders & {tuple(row) for row in rows(other, 5)}
+    shards = make_shards(documents_of([7] * 40))
+    first, other = (PackedLoader(shards, batch_size=40, sequence_length=8, seed=seed) for seed in (0, 1))
+    orders = [tuple(map(tuple, rows(loader, 1))) for loader in (first, other) for _ in range(5)]
+    assert len(set(orders)) == 10
+    assert len({frozenset(order) for order in orders}) > 5, "rows are cut at other places, too"
 
 
 def test_a_state_of_something_else_is_refused(make_shards: MakeShards):
@@ -143,10 +151,11 @@ def test_a_state_of_something_else_is_refused(make_shards: MakeShards):
     other_seed = PackedLoader(shards, batch_size=1, sequence_length=4, seed=7)
     with pytest.raises(ValueError, match="belongs to seed=0, not seed=7"):
         other_seed.load_state_dict(state)
-    with pytest.raises(ValueError, match="position=2 among 2 documents"):
-        loader.load_state_dict({**state, "position": 2})
-    with pytest.raises(ValueError, match="offset=99 in a document of"):
-        loader.load_state_dict({**state, "offset": 99})
+    with pytest.raises(ValueError, match="row=3 among 3 rows of an epoch"):
+        loader.load_state_dict({**state, "row": 3})
+    other_length = PackedLoader(shards, batch_size=1, sequence_length=5, seed=0)
+    with pytest.raises(ValueError, match="belongs to sequence_length=4, not sequence_length=5"):
+        other_length.load_state_dict(state)
     with pytest.raises(ValueError, match=r"loader state has keys \['epoch'\]"):
         loader.load_state_dict({"epoch": 1})
 

@@ -34,7 +34,6 @@ def test_documents_come_back_in_order_over_many_shards(make_shards: MakeShards):
     shards = make_shards(DOCUMENTS, shard_tokens=100)
     assert len(shards.manifest.splits["train"].shards) > 5
     assert [text_of(shards, i) for i in range(len(shards))] == DOCUMENTS
-    assert [shards.document_length(i) for i in range(len(shards))] == [len(d.encode()) + 1 for d in DOCUMENTS]
     assert list(shards.document(3, 2, 5)) == list(DOCUMENTS[3].encode()[2:5])
     with pytest.raises(IndexError):
         shards.document(len(DOCUMENTS))

@@ -125,6 +125,14 @@ def test_other_data_are_refused(finished: Places, small: Study, tmp_path: Path) 
         run_studies([study("smoke", 500)], dataclasses.replace(finished, out=tmp_path))
 
 
+def test_results_that_cannot_be_compared_are_refused(
+    finished: Places, small: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "VERSION", runner.VERSION + 1)
+    with pytest.raises(ValueError, match=f"is a result of version {runner.VERSION - 1}, .* choose another --out"):
+        run_studies([small], finished)
+
+
 def test_other_options_are_another_run(finished: Places, small: Study) -> None:
     first = small.runs[0]
     longer = dataclasses.replace(first.options.training, steps=13)

@@ -89,7 +89,7 @@ def jump(monkeypatch):
     def forward(self, *args, **kwargs):
         output = original(self, *args, **kwargs)
         if self.training and int(self.model.recursion.router.training_forwards) in (43, 44):
-            output.loss = output.loss * 10
+            output.loss = output.loss * 100
         return output
 
     monkeypatch.setattr(MorForCausalLM, "forward", forward)
