@@ -93,6 +93,12 @@ class SamplingParams:
         if not holds or not math.isfinite(value):
             raise ValueError(f"{name}={value!r} must be {right}")
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raises ValueError for stop tokens that a vocabulary of `size` does not have."""
+        wrong = next((token for token in self.stop_token_ids if token >= size), None)
+        if wrong is not None:
+            raise ValueError(f"stop_token_ids={self.stop_token_ids} has {wrong}, outside the vocabulary 0..{size - 1}")
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0

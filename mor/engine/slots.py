@@ -91,7 +91,7 @@ class Slots(SlotRunner):
             most_per_token=period,
             mean_per_token=_mean_visits(model.config),
         )
-        self._budgets, self._num_recursions = budgets, plan.num_recursions
+        self._budgets, self._num_recursions, self._vocab_size = budgets, plan.num_recursions, model.config.vocab_size
         self._thresholds: dict[Budget, Sequence[float]] = {}
 
     def row(self, request: Request, slot: int, *, seed: int, most_output: int, ends: frozenset[int]) -> SlotRow:
@@ -110,7 +110,7 @@ class Slots(SlotRunner):
             seed=signed(seed),
             lengths=request.lengths,
             stops=sorted(ends)[:NUM_STOPS],
-            top_k=params.top_k,
+            top_k=min(params.top_k, self._vocab_size),  # a row's numbers have 64 bits
             temperature=params.temperature,
             top_p=params.top_p,
             min_p=params.min_p,

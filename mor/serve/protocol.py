@@ -33,12 +33,14 @@ def _not_tiny(temperature: float) -> float:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-TokenIds = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
 Text = Annotated[str, Field(max_length=1_000_000)]
 
 
 class Strict(BaseModel):
-    """No unknown fields, no conversions, no NaN."""
+    """No unknown fields, no conversions, no NaN. Lists are read up to the first wrong item (`fail_fast`): to tell of
+    millions would take gigabytes.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -155,7 +157,13 @@ class Generation(Strict):
 class CompletionRequest(Generation):
     """The body of `/v1/completions`."""
 
-    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1)] | None = None
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)]
+        | None
+    ) = None
     logprobs: Annotated[Whole, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Whole | None = None
@@ -201,12 +209,15 @@ class Message(Strict):
     """A turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)]
     name: Annotated[str, Field(max_length=64)] | None = None
 
     @property
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=1000)]
 
 
 class TextFormat(Strict):
@@ -218,12 +229,12 @@ class TextFormat(Strict):
 class ChatRequest(Generation):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Messages
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     max_tokens: Annotated[Whole, Field(ge=1)] | None = None
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     store: Literal[False] | None = None
@@ -251,7 +262,7 @@ class TokenizeRequest(Strict):
 
     model: Annotated[str, Field(max_length=256)] | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)] | None = None
+    messages: Messages | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:
@@ -264,7 +275,7 @@ class DetokenizeRequest(Strict):
     """The body of `/detokenize`."""
 
     model: Annotated[str, Field(max_length=256)] | None = None
-    tokens: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(max_length=1_000_000)]
+    tokens: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(fail_fast=True, max_length=1_000_000)]
 
 
 _KIND = re.compile(r"str|int|.*[\[(-].*")
@@ -293,13 +304,13 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
 
 def _plainest(errors: Sequence[Any]) -> Any:
     """Of a field of several kinds pydantic says what is wrong for each; most telling is what is wrong with the kind
-    that was meant.
+    that was meant, which is the one that was read furthest.
     """
     same = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
     meant = [error for error in same if not error["type"].endswith("_type")]
     if meant or len(same) == 1:
         return max(meant or same, key=lambda error: len(error["loc"]))
-    deepest = max(len(error["loc"]) for error in same)
-    kinds = dict.fromkeys(str(error["msg"]).removeprefix("Input should be ") for error in same)
-    first = next(error for error in same if len(error["loc"]) == deepest)
-    return {**first, "msg": f"Input should be {' or '.join(kinds)}"}
+    places = [[part for part in error["loc"] if isinstance(part, int)] for error in same]
+    furthest = [error for error, place in zip(same, places, strict=True) if place == max(places)]
+    kinds = dict.fromkeys(str(error["msg"]).removeprefix("Input should be ") for error in furthest)
+    return {**furthest[0], "msg": f"Input should be {' or '.join(kinds)}"}

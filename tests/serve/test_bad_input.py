@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
+from mor.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tests.serve.serving import Running, error_of
 
 PATH = "/v1/completions"
@@ -51,17 +53,22 @@ PATH = "/v1/completions"
         ({"prompt": 5}, "prompt", "string"),
         ({"prompt": []}, "prompt", "at least 1"),
         ({"prompt": [[]]}, "prompt.0", "at least 1"),
-        ({"prompt": [300]}, None, "300"),
+        ({"prompt": [300]}, "prompt", "300"),
+        ({"prompt": [[1], [10**30]], "echo": True}, "prompt", "0..256"),
+        ({"prompt": [300], "echo": True, "max_tokens": 0}, "prompt", "300"),
+        ({"stop_token_ids": [300]}, "stop_token_ids", "0..256"),
         ({"prompt": [-1]}, "prompt.0", "greater than"),
-        ({"prompt": [1, "a"]}, "prompt.0", "valid"),
+        ({"prompt": [1, "a"]}, "prompt.1", "should be a valid integer"),
+        ({"prompt": ["a", "b", 5]}, "prompt.2", "should be a valid string"),
+        ({"prompt": [[1], ["a"]]}, "prompt.1.0", "should be a valid integer"),
+        ({"prompt": [None]}, "prompt.0", "a valid integer or a valid string or a valid list"),
     ],
 )
 def test_a_completion_names_what_is_wrong(server: Running, fields: dict[str, Any], param: str, says: str) -> None:
     error = error_of(server.client.post(PATH, json={"prompt": "abc", **fields}), 400)
     assert error["type"] == "invalid_request_error"
     assert says in error["message"]
-    if param is not None:
-        assert error["param"] == param and error["message"].startswith(("the prompt", param.split(".")[0]))
+    assert error["param"] == param and error["message"].startswith(("the prompt", param.split(".")[0]))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +115,28 @@ def test_bodies_that_are_no_requests(server: Running, body: bytes, says: str) ->
     assert says in error_of(response, 400)["message"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {"prompt": [[]] * 9000}),
+        (CompletionRequest, {"prompt": [{}] * 9000}),
+        (CompletionRequest, {"prompt": [[{}]] * 9000}),
+        (CompletionRequest, {"prompt": [["a"] * 9000]}),
+        (ChatRequest, {"messages": [{}] * 900}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 9000}]}),
+        (ChatRequest, {"messages": [], "modalities": [0] * 9000}),
+        (TokenizeRequest, {"messages": [{}] * 900}),
+        (DetokenizeRequest, {"tokens": [-1] * 9000}),
+        (DetokenizeRequest, {"tokens": ["a"] * 9000}),
+    ],
+)
+def test_a_list_that_is_wrong_everywhere_is_read_up_to_its_first_mistake(kind: type[BaseModel], body: Any) -> None:
+    """A finding for each item of a large body would take gigabytes, and other requests would wait for it."""
+    with pytest.raises(ValidationError) as error:
+        kind.model_validate(body)
+    assert error.value.error_count() < 10
+
+
 def test_other_types_of_content_are_not_read(server: Running) -> None:
     """So a page of another origin cannot ask without the browser asking first."""
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
@@ -128,6 +157,11 @@ def test_fields_of_openai_s_that_say_the_default_are_taken(server: Running) -> N
     assert server.complete(max_tokens=1, best_of=1, logit_bias={}, n=1.0, user="me", top_k=-1).status_code == 200
     fields = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"]}
     assert server.chat("x", max_tokens=1, **fields).status_code == 200
+
+
+def test_more_than_all_tokens_is_all(server: Running) -> None:
+    """Beside others: a number that no row can hold would fail the visit, and all that take part in it."""
+    assert server.complete(max_tokens=2, top_k=10**30).status_code == 200
 
 
 def test_a_page_whose_name_leads_here_by_a_trick_is_turned_away(server: Running) -> None:
