@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 Budget = tuple[float | None, int | None]
+MOST_BUDGETS = 1024
+"""Of which something is kept: whoever makes requests chooses them, and they are as many as there are numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mor.engine.budgets import Budgets
+from mor.engine.budgets import Budgets, make_room
 from mor.engine.kv_store import KvStore, PageLayout
 from mor.engine.layers import Layers
 from mor.engine.params import Budget, SamplingParams
@@ -99,6 +99,7 @@ class Slots(SlotRunner):
         params, budget = request.params, request.params.budget
         if budget not in self._thresholds:
             rule = self._budgets.rule([budget]) if self._budgets.has_router else None
+            make_room(self._thresholds)
             self._thresholds[budget] = thresholds_of(rule, self._num_recursions)
         return SlotRow(
             slot=slot,
