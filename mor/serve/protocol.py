@@ -175,6 +175,8 @@ class CompletionRequest(Generation):
 
     @property
     def num_prompt_top(self) -> int | None:
+        if self.max_tokens == 0:
+            return self.logprobs or 0  # the engine's only work without tokens
         return self.logprobs if self.echo else None
 
     @property

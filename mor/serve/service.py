@@ -74,8 +74,6 @@ class Service:
             samples_per_prompt=body.n or 1,
             echoes=echoes,
         )
-        if not max_tokens and body.logprobs is None:
-            return JsonResponse(self._writer(body, shape, prompts).whole([]))
         return await self._answer(body, request, shape, prompts, max_tokens)
 
     async def _tokens(self, prompt: str | list[int]) -> list[int]:

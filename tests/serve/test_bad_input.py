@@ -46,6 +46,8 @@ PATH = "/v1/completions"
         ({"mean_depth": 3.5}, "mean_depth", "3"),
         ({"mean_depth": 0}, "mean_depth", "1"),
         ({"max_recursions": 4}, "max_recursions", "3"),
+        ({"max_recursions": 4, "max_tokens": 0, "echo": True}, "max_recursions", "3"),
+        ({"n": 2, "temperature": 0, "max_tokens": 0, "echo": True}, "n", "temperature"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other", "not supported"),
         ({"prompt": "x" * 256}, "prompt", "255"),
