@@ -4,15 +4,17 @@ served, is refused by its name.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mor.engine.params import SamplingParams
 from mor.serve.errors import ApiError, invalid, named_field, unsupported
 
+MOST_FIELDS = 100
 MOST_STOPS = 16
 MOST_TOP_LOGPROBS = 20
 LEAST_TEMPERATURE = 1e-3
@@ -43,6 +45,13 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > MOST_FIELDS:
+            raise ValueError(f"an object with {len(given)} fields is none that this server knows")
+        return given
 
 
 class StreamOptions(Strict):
@@ -83,18 +92,12 @@ class Generation(Strict):
     max_recursions: Annotated[Whole, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     user: Annotated[str, Field(max_length=256)] | None = None  # whom the caller generates for: of no effect
     # What vllm-router writes into every request; only what is done anyway is taken.
     no_stop_trim: Literal[False] | None = None
     skip_special_tokens: Literal[True] | None = None
     return_hidden_states: Literal[False] | None = None
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _no_bias(cls, value: dict[str, float] | None) -> None:
-        if value:
-            raise ValueError("is not supported; leave it out")
 
     @model_validator(mode="after")
     def _one_length(self) -> Generation:
@@ -127,6 +130,11 @@ class Generation(Strict):
     def num_prompt_top(self) -> int | None:
         """The same beside each token of the prompt."""
         return None
+
+    def refuse_unsupported(self) -> None:
+        """Raises ApiError naming what of OpenAI's fields is not served."""
+        if self.logit_bias:
+            raise unsupported("logit_bias")
 
     def params(self, max_tokens: int) -> SamplingParams:
         """As the engine takes them. Raises ApiError naming the field."""
@@ -189,7 +197,7 @@ class CompletionRequest(Generation):
         return list(self.prompt)  # type: ignore[arg-type]
 
     def refuse_unsupported(self) -> None:
-        """Raises ApiError naming what of OpenAI's fields is not served."""
+        super().refuse_unsupported()
         if self.suffix:
             raise unsupported("suffix")
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -215,8 +223,10 @@ class Message(Strict):
     name: Annotated[str, Field(max_length=64)] | None = None
 
     @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def given(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
 
 
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=1000)]
@@ -237,7 +247,7 @@ class ChatRequest(Generation):
     max_tokens: Annotated[Whole, Field(ge=1)] | None = None
     response_format: TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: list[Any] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     store: Literal[False] | None = None
     continue_final_message: Literal[False] | None = None
@@ -256,7 +266,9 @@ class ChatRequest(Generation):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def refuse_unsupported(self) -> None:
-        """Nothing beyond what the fields' types refuse."""
+        super().refuse_unsupported()
+        if self.tools:
+            raise unsupported("tools")
 
 
 class TokenizeRequest(Strict):
@@ -301,7 +313,16 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, f"{param} is required", param=param, code="missing_parameter")
     if param is None:
         return invalid(message, named_field(message))
+    if kind not in ("value_error", "too_short", "too_long", "string_too_long"):  # which tell what they got
+        message += f", not {_shown(first['input'])}"
     return invalid(f"{param}: {message}", param)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value)
+    return text if len(text) <= 50 else f"{text[:50]}..."
 
 
 def _plainest(errors: Sequence[Any]) -> Any:

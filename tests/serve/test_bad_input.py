@@ -25,13 +25,14 @@ PATH = "/v1/completions"
         ({"echo": True, "stream": True}, "echo", "not supported"),
         ({"max_tokens": 0}, "max_tokens", "echo"),
         ({"max_tokens": 201}, "max_tokens", "200"),
-        ({"max_tokens": 1.5}, "max_tokens", "integer"),
+        ({"max_tokens": 1.5}, "max_tokens", "integer, not 1.5"),
         ({"max_tokens": True}, "max_tokens", "integer"),
         ({"max_tokens": "5"}, "max_tokens", "integer"),
         ({"max_tokens": 10**30}, "max_tokens", "200"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "differ"),
         ({"min_tokens": 9, "max_tokens": 5}, "min_tokens", "at most"),
-        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0, not -1"),
+        ({"temperature": "x" * 99}, "temperature", f'not "{"x" * 49}...'),
         ({"temperature": 1e-9}, "temperature", "0.001"),
         ({"temperature": None, "top_p": 0}, "top_p", "greater than 0"),
         ({"n": 13}, "n", "12"),
@@ -52,7 +53,7 @@ PATH = "/v1/completions"
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other", "not supported"),
         ({"prompt": "x" * 256}, "prompt", "255"),
         ({"prompt": "x" * 100, "max_tokens": 180}, "max_tokens", "156"),
-        ({"prompt": 5}, "prompt", "string"),
+        ({"prompt": {}}, "prompt", "a valid string or a valid list, not an object"),
         ({"prompt": []}, "prompt", "at least 1"),
         ({"prompt": [[]]}, "prompt.0", "at least 1"),
         ({"prompt": [300]}, "prompt", "300"),
@@ -80,7 +81,6 @@ def test_a_completion_names_what_is_wrong(server: Running, fields: dict[str, Any
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
-        ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"modalities": ["audio"]}, "modalities.0"),
@@ -120,6 +120,7 @@ def test_bodies_that_are_no_requests(server: Running, body: bytes, says: str) ->
 @pytest.mark.parametrize(
     ("kind", "body"),
     [
+        (CompletionRequest, {f"x{number}": 0 for number in range(9000)}),
         (CompletionRequest, {"prompt": [[]] * 9000}),
         (CompletionRequest, {"prompt": [{}] * 9000}),
         (CompletionRequest, {"prompt": [[{}]] * 9000}),
@@ -132,7 +133,7 @@ def test_bodies_that_are_no_requests(server: Running, body: bytes, says: str) ->
         (DetokenizeRequest, {"tokens": ["a"] * 9000}),
     ],
 )
-def test_a_list_that_is_wrong_everywhere_is_read_up_to_its_first_mistake(kind: type[BaseModel], body: Any) -> None:
+def test_what_is_wrong_everywhere_is_read_up_to_its_first_mistake(kind: type[BaseModel], body: Any) -> None:
     """A finding for each item of a large body would take gigabytes, and other requests would wait for it."""
     with pytest.raises(ValidationError) as error:
         kind.model_validate(body)
@@ -151,6 +152,12 @@ def test_what_is_not_there(server: Running) -> None:
     refused = server.client.get(PATH)
     assert error_of(refused, 405)["code"] == "method_not_allowed" and refused.headers["allow"] == "POST"
     assert server.client.get("/docs").status_code == 404  # it would load scripts from elsewhere
+
+
+def test_what_is_not_served_has_a_code_of_its_own(server: Running) -> None:
+    for fields in ({"logit_bias": {"5": 1}}, {"tools": [{"type": "function"}]}, {"functions": []}):
+        error = error_of(server.chat("x", **fields), 400)
+        assert error["code"] == "unsupported_parameter" and [error["param"]] == list(fields)
 
 
 def test_fields_of_openai_s_that_say_the_default_are_taken(server: Running) -> None:

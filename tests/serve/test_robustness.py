@@ -187,7 +187,9 @@ def test_a_key_is_asked_for() -> None:
         for right in ("Bearer sésame", "bearer  sésame"):
             assert server.client.get("/metrics", headers={"Authorization": right.encode()}).status_code == 200
         preflight = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+        preflight |= {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}  # openai's
         allowed = server.client.options("/v1/completions", headers=preflight)
+        assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "https://page.example"
         other = server.client.options("/v1/completions", headers={**preflight, "Origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
