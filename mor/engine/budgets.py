@@ -6,12 +6,13 @@ Legend: N rows, R recursions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mor.engine.params import Budget
+from mor.engine.params import MOST_BUDGETS, Budget
 from mor.engine.sending import sent
 from mor.model.decision import DecisionRule, Threshold
 from mor.model.depth_plan import DepthPlan
@@ -71,6 +72,7 @@ class Budgets:
             rule = self._router.rule("causal", budget[0])
             if isinstance(self._router, TokenChoiceRouter) and isinstance(rule, DepthRule):
                 rule = DepthRule(bias=self._capped(rule.bias, self.limit(budget)))
+            make_room(self._rules)
             self._rules[budget] = rule
         return self._rules[budget]
 
@@ -84,3 +86,9 @@ class Budgets:
         if bool(bias_R.isneginf().all()):  # every token was to go deeper: as deep as it may, then
             bias_R[most - 1] = 0
         return bias_R
+
+
+def make_room(kept: dict[Budget, Any]) -> None:
+    """For one more budget: the oldest gives way to it."""
+    if len(kept) >= MOST_BUDGETS:
+        del kept[next(iter(kept))]

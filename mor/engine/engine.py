@@ -126,6 +126,7 @@ class Engine:
         params = SamplingParams() if params is None else params
         ids = self._encode(prompt)
         self.runner.budgets.check(params.budget)
+        params.check_vocabulary(self.model.config.vocab_size)
         names = [request_id] if params.n == 1 else [f"{request_id}-{number}" for number in range(params.n)]
         in_slot = self.slots is not None and fits_slot(params)
         requests = [Request(id=name, prompt=ids, params=params, in_slot=in_slot) for name in names]

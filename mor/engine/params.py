@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 Budget = tuple[float | None, int | None]
+MOST_BUDGETS = 1024
+"""Of which something is kept: whoever makes requests chooses them, and they are as many as there are numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,12 @@ class SamplingParams:
         value: float = getattr(self, name)
         if not holds or not math.isfinite(value):
             raise ValueError(f"{name}={value!r} must be {right}")
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raises ValueError for stop tokens that a vocabulary of `size` does not have."""
+        wrong = next((token for token in self.stop_token_ids if token >= size), None)
+        if wrong is not None:
+            raise ValueError(f"stop_token_ids={self.stop_token_ids} has {wrong}, outside the vocabulary 0..{size - 1}")
 
     @property
     def is_greedy(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from mor.engine.block_pool import BlockPool
 from mor.engine.cache_shape import CacheShape
-from mor.engine.params import Budget
+from mor.engine.params import MOST_BUDGETS, Budget
 from mor.engine.request import Request
 
 
@@ -151,7 +151,7 @@ class PrefixCache:
 
     def insert(self, request: Request) -> None:
         """Remember what a request has computed, for others; it keeps writing behind its last node's entries."""
-        node = self._roots.setdefault(request.params.budget, self._root())
+        node = self._root(request.params.budget)
         tokens, new = request.tokens[: request.num_computed], list[PrefixNode]()
         for start in range(0, len(tokens) - self.granularity + 1, self.granularity):
             key = tuple(tokens[start : start + self.granularity])
@@ -165,11 +165,15 @@ class PrefixCache:
             node = child
         self._hold(request, new)
 
-    def _root(self) -> PrefixNode:
-        none = (0,) * self._shape.num_sequences
-        return PrefixNode(
-            parent=None, tokens=(), num_tokens=0, depths=(), lengths=none, first=none, pages=((),) * len(none)
-        )
+    def _root(self, budget: Budget) -> PrefixNode:
+        if budget not in self._roots:
+            if len(self._roots) >= MOST_BUDGETS:
+                self._roots = {other: root for other, root in self._roots.items() if root.children}
+            none = (0,) * self._shape.num_sequences
+            self._roots[budget] = PrefixNode(
+                parent=None, tokens=(), num_tokens=0, depths=(), lengths=none, first=none, pages=((),) * len(none)
+            )
+        return self._roots[budget]
 
     def _grow(
         self, parent: PrefixNode, tokens: tuple[int, ...], depths: tuple[int, ...], pages: Sequence[Sequence[int]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mor.engine.budgets import Budgets
+from mor.engine.budgets import Budgets, make_room
 from mor.engine.kv_store import KvStore, PageLayout
 from mor.engine.layers import Layers
 from mor.engine.params import Budget, SamplingParams
@@ -91,7 +91,7 @@ class Slots(SlotRunner):
             most_per_token=period,
             mean_per_token=_mean_visits(model.config),
         )
-        self._budgets, self._num_recursions = budgets, plan.num_recursions
+        self._budgets, self._num_recursions, self._vocab_size = budgets, plan.num_recursions, model.config.vocab_size
         self._thresholds: dict[Budget, Sequence[float]] = {}
 
     def row(self, request: Request, slot: int, *, seed: int, most_output: int, ends: frozenset[int]) -> SlotRow:
@@ -99,6 +99,7 @@ class Slots(SlotRunner):
         params, budget = request.params, request.params.budget
         if budget not in self._thresholds:
             rule = self._budgets.rule([budget]) if self._budgets.has_router else None
+            make_room(self._thresholds)
             self._thresholds[budget] = thresholds_of(rule, self._num_recursions)
         return SlotRow(
             slot=slot,
@@ -110,7 +111,7 @@ class Slots(SlotRunner):
             seed=signed(seed),
             lengths=request.lengths,
             stops=sorted(ends)[:NUM_STOPS],
-            top_k=params.top_k,
+            top_k=min(params.top_k, self._vocab_size),  # a row's numbers have 64 bits
             temperature=params.temperature,
             top_p=params.top_p,
             min_p=params.min_p,

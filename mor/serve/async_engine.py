@@ -148,12 +148,16 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         return not self._streams
 
+    def give_up(self) -> None:
+        """What is open fails."""
+        self._fail_all(unavailable("stopping"))
+
     async def stop(self) -> None:
         """End the process; what is open fails."""
         listens = self.state in ("ready", "draining") and self.facts is not None
         self._set_state("stopped")
         process, self._process = self._process, None
-        self._fail_all(unavailable("stopping"))
+        self.give_up()
         if self._watcher is not None:
             self._watcher.cancel()
         if process is not None:

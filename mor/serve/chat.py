@@ -41,7 +41,7 @@ class TextCoder:
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat and the beginning of the answer. Raises ApiError for one that the template refuses."""
-        return await self._run(self._encode_chat, [{"role": turn.role, "content": turn.text} for turn in messages])
+        return await self._run(self._encode_chat, [turn.given for turn in messages])
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special ones included."""

@@ -4,15 +4,17 @@ served, is refused by its name.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mor.engine.params import SamplingParams
 from mor.serve.errors import ApiError, invalid, named_field, unsupported
 
+MOST_FIELDS = 100
 MOST_STOPS = 16
 MOST_TOP_LOGPROBS = 20
 LEAST_TEMPERATURE = 1e-3
@@ -33,14 +35,23 @@ def _not_tiny(temperature: float) -> float:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-TokenIds = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
 Text = Annotated[str, Field(max_length=1_000_000)]
 
 
 class Strict(BaseModel):
-    """No unknown fields, no conversions, no NaN."""
+    """No unknown fields, no conversions, no NaN. Lists are read up to the first wrong item (`fail_fast`): to tell of
+    millions would take gigabytes.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > MOST_FIELDS:
+            raise ValueError(f"an object with {len(given)} fields is none that this server knows")
+        return given
 
 
 class StreamOptions(Strict):
@@ -81,18 +92,12 @@ class Generation(Strict):
     max_recursions: Annotated[Whole, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     user: Annotated[str, Field(max_length=256)] | None = None  # whom the caller generates for: of no effect
     # What vllm-router writes into every request; only what is done anyway is taken.
     no_stop_trim: Literal[False] | None = None
     skip_special_tokens: Literal[True] | None = None
     return_hidden_states: Literal[False] | None = None
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _no_bias(cls, value: dict[str, float] | None) -> None:
-        if value:
-            raise ValueError("is not supported; leave it out")
 
     @model_validator(mode="after")
     def _one_length(self) -> Generation:
@@ -126,6 +131,11 @@ class Generation(Strict):
         """The same beside each token of the prompt."""
         return None
 
+    def refuse_unsupported(self) -> None:
+        """Raises ApiError naming what of OpenAI's fields is not served."""
+        if self.logit_bias:
+            raise unsupported("logit_bias")
+
     def params(self, max_tokens: int) -> SamplingParams:
         """As the engine takes them. Raises ApiError naming the field."""
         given = {
@@ -155,7 +165,13 @@ class Generation(Strict):
 class CompletionRequest(Generation):
     """The body of `/v1/completions`."""
 
-    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1)] | None = None
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)]
+        | None
+    ) = None
     logprobs: Annotated[Whole, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Whole | None = None
@@ -167,6 +183,8 @@ class CompletionRequest(Generation):
 
     @property
     def num_prompt_top(self) -> int | None:
+        if self.max_tokens == 0:
+            return self.logprobs or 0  # the engine's only work without tokens
         return self.logprobs if self.echo else None
 
     @property
@@ -179,7 +197,7 @@ class CompletionRequest(Generation):
         return list(self.prompt)  # type: ignore[arg-type]
 
     def refuse_unsupported(self) -> None:
-        """Raises ApiError naming what of OpenAI's fields is not served."""
+        super().refuse_unsupported()
         if self.suffix:
             raise unsupported("suffix")
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -201,12 +219,17 @@ class Message(Strict):
     """A turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)]
     name: Annotated[str, Field(max_length=64)] | None = None
 
     @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def given(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
+
+
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=1000)]
 
 
 class TextFormat(Strict):
@@ -218,13 +241,13 @@ class TextFormat(Strict):
 class ChatRequest(Generation):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Messages
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     max_tokens: Annotated[Whole, Field(ge=1)] | None = None
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+    tools: list[Any] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     store: Literal[False] | None = None
     continue_final_message: Literal[False] | None = None
@@ -243,7 +266,9 @@ class ChatRequest(Generation):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def refuse_unsupported(self) -> None:
-        """Nothing beyond what the fields' types refuse."""
+        super().refuse_unsupported()
+        if self.tools:
+            raise unsupported("tools")
 
 
 class TokenizeRequest(Strict):
@@ -251,7 +276,7 @@ class TokenizeRequest(Strict):
 
     model: Annotated[str, Field(max_length=256)] | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)] | None = None
+    messages: Messages | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:
@@ -264,7 +289,7 @@ class DetokenizeRequest(Strict):
     """The body of `/detokenize`."""
 
     model: Annotated[str, Field(max_length=256)] | None = None
-    tokens: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(max_length=1_000_000)]
+    tokens: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(fail_fast=True, max_length=1_000_000)]
 
 
 _KIND = re.compile(r"str|int|.*[\[(-].*")
@@ -288,18 +313,27 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, f"{param} is required", param=param, code="missing_parameter")
     if param is None:
         return invalid(message, named_field(message))
+    if kind not in ("value_error", "too_short", "too_long", "string_too_long"):  # which tell what they got
+        message += f", not {_shown(first['input'])}"
     return invalid(f"{param}: {message}", param)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value)
+    return text if len(text) <= 50 else f"{text[:50]}..."
 
 
 def _plainest(errors: Sequence[Any]) -> Any:
     """Of a field of several kinds pydantic says what is wrong for each; most telling is what is wrong with the kind
-    that was meant.
+    that was meant, which is the one that was read furthest.
     """
     same = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
     meant = [error for error in same if not error["type"].endswith("_type")]
     if meant or len(same) == 1:
         return max(meant or same, key=lambda error: len(error["loc"]))
-    deepest = max(len(error["loc"]) for error in same)
-    kinds = dict.fromkeys(str(error["msg"]).removeprefix("Input should be ") for error in same)
-    first = next(error for error in same if len(error["loc"]) == deepest)
-    return {**first, "msg": f"Input should be {' or '.join(kinds)}"}
+    places = [[part for part in error["loc"] if isinstance(part, int)] for error in same]
+    furthest = [error for error, place in zip(same, places, strict=True) if place == max(places)]
+    kinds = dict.fromkeys(str(error["msg"]).removeprefix("Input should be ") for error in furthest)
+    return {**furthest[0], "msg": f"Input should be {' or '.join(kinds)}"}

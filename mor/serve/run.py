@@ -124,6 +124,7 @@ class Server(uvicorn.Server):
         engine.drain()
         if not await engine.until_idle(self._drain_seconds):
             logger.warning("%d samples did not end within %g s", engine.num_open, self._drain_seconds)
+            engine.give_up()
         self.should_exit = True
 
     @property

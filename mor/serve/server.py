@@ -79,7 +79,8 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(options.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # OpenAI's clients send some of their own
+            expose_headers=["Retry-After"],
         )
     return app
 

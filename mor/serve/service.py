@@ -65,7 +65,7 @@ class Service:
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """`/v1/completions`."""
         self._check(body, len(body.prompts))
-        prompts = [await self.coder.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+        prompts = [await self._tokens(prompt) for prompt in body.prompts]
         max_tokens = self._max_tokens(body, prompts, default=COMPLETION_TOKENS)
         echoes = await self._echoes(prompts) if body.echo else ()
         shape = CompletionShape(
@@ -74,9 +74,16 @@ class Service:
             samples_per_prompt=body.n or 1,
             echoes=echoes,
         )
-        if not max_tokens and body.logprobs is None:
-            return JsonResponse(self._writer(body, shape, prompts).whole([]))
         return await self._answer(body, request, shape, prompts, max_tokens)
+
+    async def _tokens(self, prompt: str | list[int]) -> list[int]:
+        """A prompt's token ids. Raises ApiError for one that the model does not have."""
+        if isinstance(prompt, str):
+            return await self.coder.encode(prompt)
+        last = self.facts.vocab_size - 1
+        if max(prompt) > last:
+            raise invalid(f"prompt: token {max(prompt)} is outside the vocabulary 0..{last}", "prompt")
+        return prompt
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """`/v1/chat/completions`."""

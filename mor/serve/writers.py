@@ -135,7 +135,9 @@ class Writer:
         return parts
 
     def _event(self, choices: list[Json], *, with_usage: bool = False) -> str:
-        usage = f',"usage":{encode(self.tally.usage())}' if with_usage or self._usage_always else ""
+        usage = ',"usage":null' if self._usage_at_end else ""
+        if with_usage or self._usage_always:
+            usage = f',"usage":{encode(self.tally.usage())}'
         return f'data: {self._chunk_head},"choices":{encode(choices)}{usage}}}\n\n'
 
 

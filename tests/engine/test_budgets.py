@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from mor.engine.budgets import Budget, Budgets
+from mor.engine.params import MOST_BUDGETS, SamplingParams
 from mor.model.calibrate import calibrate
 from mor.model.decision import Threshold
 from mor.model.expert_choice import FixedDepths
 from mor.model.token_choice import DepthRule
+from tests.engine.workload import engine_of
 from tests.tiny import random_ids, tiny_model
 
 MANY: list[Budget] = [(None, None), (1.0, None), (1.3, None), (2.2, None), (3.0, None), (2.2, 2), (None, 1)]
@@ -52,6 +54,17 @@ def test_rows_of_one_budget_share_one_rule() -> None:
     rule = budgets.rule([(1.5, None)] * 4)
     assert isinstance(rule, Threshold) and rule.thresholds.shape == (3,)
     assert budgets.rule([(1.5, None)]) is rule
+
+
+def test_of_however_many_budgets_few_are_kept() -> None:
+    model = tiny_model(router="expert_choice")
+    calibrate(model, [random_ids(4, 32)], mean_depths=[1, 2, 3])
+    engine = engine_of(model, slots=True)
+    prompts = [[1, 2]] * (MOST_BUDGETS + 50)
+    params = [SamplingParams(max_tokens=2, mean_depth=1 + number / 1000) for number in range(len(prompts))]
+    engine.generate(prompts, params, progress=False)
+    kept = engine.runner.budgets._rules, engine.slots._thresholds, engine.prefixes._roots  # type: ignore[union-attr]
+    assert all(len(each) <= MOST_BUDGETS for each in kept)
 
 
 @pytest.mark.parametrize("mean_depth", [None, 1.0, 2.2, 3.0])

@@ -288,6 +288,7 @@ def test_statistics_count() -> None:
         ([1] * 30, {}, "max_length=30 leaves room for at most 29"),
         ([1] * 20, dict(max_tokens=9), "num_pages=20; lower max_tokens to"),
         ([1], dict(mean_depth=1.5), "mean_depth=1.5 needs a calibrated model"),
+        ([1], dict(stop_token_ids=(3, 64)), r"^stop_token_ids=\(3, 64\) has 64, outside the vocabulary 0..63"),
         ([1], dict(max_recursions=4), "max_recursions=4 must be between 1 and the model's 3"),
         ([1], dict(n=3), "'busy-1' is already being generated"),
     ],

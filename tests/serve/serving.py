@@ -24,7 +24,8 @@ from tests.serve.tiny_engine import TOKENIZER
 SECONDS = 60
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'developer' %}{{ raise_exception('no developers') }}{% endif %}"
-    "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "<{{ m['role'] }}{{ ' ' + m['name'] if 'name' in m }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 

@@ -187,10 +187,22 @@ def test_a_key_is_asked_for() -> None:
         for right in ("Bearer sésame", "bearer  sésame"):
             assert server.client.get("/metrics", headers={"Authorization": right.encode()}).status_code == 200
         preflight = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+        preflight |= {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}  # openai's
         allowed = server.client.options("/v1/completions", headers=preflight)
+        assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "https://page.example"
         other = server.client.options("/v1/completions", headers={**preflight, "Origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+def test_what_is_open_when_the_time_to_end_is_over_is_told_so() -> None:
+    with running(TinySource(seconds=0.1), drain_seconds=0.2) as server, ThreadPoolExecutor() as threads:
+        whole, stream = (threads.submit(server.complete, **LONG, stream=stream) for stream in (False, True))
+        server.wait_until(lambda: server.engine.load is not None and server.engine.load.running == 2)
+        server.loop.call_soon_threadsafe(server.server.end)
+        assert error_of(whole.result(), 503)["message"] == "the engine is stopping; try again later"
+        last = stream.result().text.rstrip().rsplit("\n\n", 1)[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
 
 
 def test_too_many_connections_are_told_so() -> None:

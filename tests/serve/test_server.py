@@ -47,6 +47,7 @@ def test_a_stream_says_what_the_whole_does(server: Running) -> None:
     assert all(Completion.model_validate(chunk) for chunk in chunks)
     assert len({chunk["id"] for chunk in chunks}) == 1
     last = chunks.pop()
+    assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == 40
     assert {**last["usage"], "prompt_tokens_details": None} == {**whole["usage"], "prompt_tokens_details": None}
     for index in range(2):
@@ -208,6 +209,15 @@ def test_parts_are_put_together(server: Running) -> None:
     body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 4, "temperature": 0}
     reply = server.client.post("/v1/chat/completions", json=body).json()
     assert reply["choices"][0] == server.chat("Hello", max_tokens=4, temperature=0).json()["choices"][0]
+
+
+def test_the_template_gets_names(server: Running) -> None:
+    turn = {"role": "user", "content": "Hello"}
+    texts = [
+        server.client.post("/tokenize", json={"messages": [turn | named]}).json()["tokens"]
+        for named in ({}, {"name": None}, {"name": "Ann"})
+    ]
+    assert texts[0] == texts[1] and TOKENIZER.decode(texts[2]) == "<user Ann>Hello<assistant>"
 
 
 def test_what_the_template_refuses(server: Running) -> None:
