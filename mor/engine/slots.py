@@ -93,6 +93,7 @@ class Slots(SlotRunner):
         )
         self._budgets, self._num_recursions = budgets, plan.num_recursions
         self._thresholds: dict[Budget, Sequence[float]] = {}
+        self._vocabulary = model.config.vocab_size
 
     def row(self, request: Request, slot: int, *, seed: int, most_output: int, ends: frozenset[int]) -> SlotRow:
         """A request as it comes to a slot, with the tokens that end it."""
@@ -109,8 +110,8 @@ class Slots(SlotRunner):
             limit=self._budgets.limit(budget),
             seed=signed(seed),
             lengths=request.lengths,
-            stops=sorted(ends)[:NUM_STOPS],
-            top_k=params.top_k,
+            stops=sorted(token for token in ends if token < self._vocabulary)[:NUM_STOPS],
+            top_k=params.top_k if params.top_k < self._vocabulary else 0,
             temperature=params.temperature,
             top_p=params.top_p,
             min_p=params.min_p,
