@@ -268,6 +268,16 @@ def test_a_prompt_may_be_text(tmp_path: Path) -> None:
     assert text.tokens == ids.tokens and text.prompt_tokens == 7
 
 
+def test_the_model_can_be_trained_on_afterwards() -> None:
+    model, twin = (tiny_model(router="expert_choice").train() for _ in range(2))
+    engine_of(model).generate([[1, 2, 3]], greedy(3), progress=False)
+    for each in (model, twin):
+        ids = random_ids(2, 9)
+        each.train()(input_ids=ids, labels=ids).loss.backward()
+    for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, atol=0, rtol=0)
+
+
 def test_statistics_count() -> None:
     engine = engine_of(tiny_model(router="gate"), prefix_caching=False)
     engine.generate([[1, 2, 3], [4]], greedy(2), progress=False)
