@@ -77,7 +77,7 @@ class Engine:
         self._beside = Beside(model.device)
         self.statistics = Statistics()
         self._live: dict[str, _Live] = {}
-        self._failed: list[_Live] = []
+        self._news: dict[str, _Live] = {}
         self._seeds = random.Random(self.options.seed)
         self._end_of_text = end_tokens(model, tokenizer)
 
@@ -166,7 +166,8 @@ class Engine:
         """A batch of visits of the slots if there are any, and a planned visit, or more if it leaves time for them.
         Returns what is new: of every request that got a token or ended, its tokens since the last time.
 
-        What a visit raises is raised here. The requests that took part have then failed, as the next step says.
+        What a visit raises is raised here. The requests that took part have then failed, as the next step says; it also
+        says what was new of others.
         """
         with collecting_later():
             return self._step()
@@ -175,14 +176,14 @@ class Engine:
         plan = self.scheduler.plan(0 if self.slots is None else self.slots.ahead)
         self.statistics.add(preemptions=len(plan.preempted))
         queued = self._queue_slots(plan) if self.slots is not None else 0
-        new = self._visit(plan)
+        self._visit(plan)
         if self.slots is not None:
-            new += self._visits_meanwhile(self.slots)
+            self._visits_meanwhile(self.slots)
             # On CUDA the batch just queued runs on while the one before is read; a CPU has done it by now.
             while self.slots.in_flight > (self.slots.runs_ahead and queued > 0):
-                new += self._collect(plan)
-        failed, self._failed = self._failed, []
-        return [*(self._tell(live) for live in failed if self._live.get(live.request.id) is live), *new]
+                self._collect(plan)
+        news, self._news = self._news, {}
+        return [self._tell(live) for live in news.values() if self._live.get(live.request.id) is live]
 
     def _queue_slots(self, plan: Plan) -> int:
         """Let the slots go on; returns how many visits were queued."""
@@ -194,15 +195,13 @@ class Engine:
         self.statistics.add(visits=visits, rows=self.slots.last_rows if visits else 0)
         return visits
 
-    def _visits_meanwhile(self, slots: Slots) -> list[RequestOutput]:
+    def _visits_meanwhile(self, slots: Slots) -> None:
         """Planned visits while the slots are busy: a prompt then takes its recursions during one batch of theirs."""
-        new = list[RequestOutput]()
         with slots.sparing():
             while slots.is_busy and ((plan := self.scheduler.plan()).segments or plan.copies):
                 self.statistics.add(preemptions=len(plan.preempted))
                 self._beside.start(after_slots=bool(plan.preempted))  # whose pages batches in flight may still write
-                new += self._visit(plan)
-        return new
+                self._visit(plan)
 
     def _slot_row(self, request: Request, slot: int) -> SlotRow:
         assert self.slots is not None
@@ -210,16 +209,13 @@ class Engine:
         most = self.scheduler.most_output(request)
         return self.slots.row(request, slot, seed=live.seed, most_output=most, ends=live.ends)
 
-    def _collect(self, plan: Plan) -> list[RequestOutput]:
+    def _collect(self, plan: Plan) -> None:
         """Take in what the oldest batch of the slots did."""
         assert self.slots is not None
         with self._failing(plan.decoding, self.slots.forget):
-            progresses = self.slots.collect()
-        return [
-            self._tell(live)
-            for live in map(self._take_progress, progresses)
-            if len(live.log) > live.told or live.request.state == "finished"
-        ]
+            for live in map(self._take_progress, self.slots.collect()):
+                if len(live.log) > live.told or live.request.state == "finished":
+                    self._news[live.request.id] = live
 
     def _take_progress(self, progress: Progress) -> _Live:
         live, request = self._live[progress.request.id], progress.request
@@ -247,27 +243,26 @@ class Engine:
                 if request.state != "finished":
                     live.error = f"{type(error).__name__}: {error}"
                     self.scheduler.finish(request, "error")
-                self._failed.append(live)
+                self._news[request.id] = live
             raise
 
-    def _visit(self, plan: Plan) -> list[RequestOutput]:
+    def _visit(self, plan: Plan) -> None:
         if not plan.segments and not plan.copies:
-            return []
+            return
         visited = [segment.request for segment in plan.segments]
         with self._failing(visited, self.runner.forget), self._beside.running():
             self._store.copy_pages([copy.source for copy in plan.copies], [copy.target for copy in plan.copies])
             results = self.runner.visit(plan.segments) if plan.segments else []
             done: list[tuple[_Live, int, Tensor]] = []
-            ended: list[_Live] = []
             for segment, result in zip(plan.segments, results, strict=True):
                 live, logits_V = self._live[segment.request.id], self.runner.take_logits(segment)
                 self.scheduler.complete(segment, result)
                 if self._ends_unsampled(live, result.scores):
-                    ended.append(live)
+                    self._news[live.request.id] = live
                 elif logits_V is not None:
                     done.append((live, result.depths[-1], logits_V))
             self.statistics.add(visits=1, rows=plan.num_tokens)
-            return [*self._sample(done), *map(self._tell, ended)]
+            self._sample(done)
 
     def _ends_unsampled(self, live: _Live, scores: Sequence[TokenScore]) -> bool:
         """Whether a request ends without another token: its prompt was all there was to score, or cannot be scored."""
@@ -279,14 +274,14 @@ class Engine:
             self.scheduler.finish(request, "length")
         return request.state == "finished"
 
-    def _sample(self, done: Sequence[tuple[_Live, int, Tensor]]) -> list[RequestOutput]:
+    def _sample(self, done: Sequence[tuple[_Live, int, Tensor]]) -> None:
         if not done:
-            return []
+            return
         sampled = sample(torch.stack([logits_V for *_, logits_V in done]), [self._row(live) for live, *_ in done])
         for (live, depth, _), token in zip(done, sampled, strict=True):
             self._take(live, token, depth)
+            self._news[live.request.id] = live
         self.statistics.add(tokens=len(done))
-        return [self._tell(live) for live, *_ in done]
 
     def _row(self, live: _Live) -> SamplingRow:
         request = live.request
