@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from mor.engine.outputs import RequestOutput, TokenLog
 from mor.engine.params import SamplingParams
 from mor.engine.prefix_cache import PrefixCache
 from mor.engine.progress import GenerationBar, Statistics
+from mor.engine.prompt_ids import Prompt, prompt_ids
 from mor.engine.request import FinishReason, Request, TokenScore, Top
 from mor.engine.runner import Runner
 from mor.engine.sampler import Sampled, SamplingRow, sample
@@ -40,8 +42,6 @@ from mor.engine.slot_state import SlotRow
 from mor.engine.slots import Slots, fits_slot
 from mor.loading import load_model
 from mor.model.modeling_mor import MorForCausalLM
-
-Prompt = str | Sequence[int]
 
 
 @dataclass(kw_only=True)
@@ -124,7 +124,7 @@ class Engine:
         Raises ValueError naming what is wrong or too long; then nothing is queued.
         """
         params = SamplingParams() if params is None else params
-        ids = self._encode(prompt)
+        ids = prompt_ids(prompt, self.tokenizer, self.model.config.vocab_size)
         self.runner.budgets.check(params.budget)
         names = [request_id] if params.n == 1 else [f"{request_id}-{number}" for number in range(params.n)]
         in_slot = self.slots is not None and fits_slot(params)
@@ -147,15 +147,6 @@ class Engine:
                 for queued in requests[:number]:
                     self.scheduler.abort(queued.id)
                 raise
-
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            prompt = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        ids, vocabulary = tuple(int(token) for token in prompt), self.model.config.vocab_size
-        wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
-        if wrong is not None:
-            raise ValueError(f"the prompt has token {wrong}, which is outside the vocabulary 0..{vocabulary - 1}")
-        return ids
 
     def abort(self, request_id: str) -> bool:
         """End a request at once; its pages are free. False if there is none of this id."""
@@ -359,6 +350,8 @@ class Engine:
         """
         if any(live.request.state != "finished" for live in self._live.values()):
             raise ValueError("generate needs an engine without other requests: it would take what `step` tells of them")
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts={reprlib.repr(prompts)} is a single text; write [prompt] for one prompt")
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} params for {len(prompts)} prompts; give one for all, or one each")

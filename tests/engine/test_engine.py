@@ -295,6 +295,9 @@ def test_statistics_count() -> None:
         ("", {}, "empty prompt"),
         ([1, 64], {}, r"token 64, which is outside the vocabulary 0..63"),
         ([-1], {}, "token -1"),
+        ([1.7], {}, r"the prompt \[1.7\] must be a text or a sequence of token ids"),
+        (5, {}, "the prompt 5 must be a text or a sequence"),
+        ("caf\ud800", {}, r"half of a character, '\\ud800' at 3"),
         ([1] * 30, {}, "max_length=30 leaves room for at most 29"),
         ([1] * 20, dict(max_tokens=9), "num_pages=20; lower max_tokens to"),
         ([1], dict(mean_depth=1.5), "mean_depth=1.5 needs a calibrated model"),
@@ -337,6 +340,11 @@ def test_a_mean_depth_out_of_reach() -> None:
     engine = engine_of(calibrated("expert_choice"))
     with pytest.raises(ValueError, match=r"mean_depth=3.5 is impossible: this model can do 1.000 to 3.000"):
         engine.add_request("0", [1], SamplingParams(mean_depth=3.5))
+
+
+def test_a_single_text_is_not_taken_for_a_list_of_prompts() -> None:
+    with pytest.raises(ValueError, match=r"prompts='Hi' is a single text; write \[prompt\]"):
+        engine_of(tiny_model()).generate("Hi", greedy(2), progress=False)
 
 
 def test_a_bad_prompt_among_many_leaves_nothing_queued() -> None:
