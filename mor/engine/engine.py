@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from mor.engine.outputs import RequestOutput, TokenLog
 from mor.engine.params import SamplingParams
 from mor.engine.prefix_cache import PrefixCache
 from mor.engine.progress import GenerationBar, Statistics
+from mor.engine.prompt_ids import Prompt, prompt_ids
 from mor.engine.request import FinishReason, Request, TokenScore, Top
 from mor.engine.runner import Runner
 from mor.engine.sampler import Sampled, SamplingRow, sample
@@ -40,8 +42,6 @@ from mor.engine.slot_state import SlotRow
 from mor.engine.slots import Slots, fits_slot
 from mor.loading import load_model
 from mor.model.modeling_mor import MorForCausalLM
-
-Prompt = str | Sequence[int]
 
 
 @dataclass(kw_only=True)
@@ -77,7 +77,7 @@ class Engine:
         self._beside = Beside(model.device)
         self.statistics = Statistics()
         self._live: dict[str, _Live] = {}
-        self._failed: list[_Live] = []
+        self._news: dict[str, _Live] = {}
         self._seeds = random.Random(self.options.seed)
         self._end_of_text = end_tokens(model, tokenizer)
 
@@ -124,7 +124,7 @@ class Engine:
         Raises ValueError naming what is wrong or too long; then nothing is queued.
         """
         params = SamplingParams() if params is None else params
-        ids = self._encode(prompt)
+        ids = prompt_ids(prompt, self.tokenizer, self.model.config.vocab_size)
         self.runner.budgets.check(params.budget)
         params.check_vocabulary(self.model.config.vocab_size)
         names = [request_id] if params.n == 1 else [f"{request_id}-{number}" for number in range(params.n)]
@@ -149,15 +149,6 @@ class Engine:
                     self.scheduler.abort(queued.id)
                 raise
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            prompt = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        ids, vocabulary = tuple(int(token) for token in prompt), self.model.config.vocab_size
-        wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
-        if wrong is not None:
-            raise ValueError(f"the prompt has token {wrong}, which is outside the vocabulary 0..{vocabulary - 1}")
-        return ids
-
     def abort(self, request_id: str) -> bool:
         """End a request at once; its pages are free. False if there is none of this id."""
         self._live.pop(request_id, None)
@@ -167,7 +158,8 @@ class Engine:
         """A batch of visits of the slots if there are any, and a planned visit, or more if it leaves time for them.
         Returns what is new: of every request that got a token or ended, its tokens since the last time.
 
-        What a visit raises is raised here. The requests that took part have then failed, as the next step says.
+        What a visit raises is raised here. The requests that took part have then failed, as the next step says; it also
+        says what was new of others.
         """
         with collecting_later():
             return self._step()
@@ -176,14 +168,14 @@ class Engine:
         plan = self.scheduler.plan(0 if self.slots is None else self.slots.ahead)
         self.statistics.add(preemptions=len(plan.preempted))
         queued = self._queue_slots(plan) if self.slots is not None else 0
-        new = self._visit(plan)
+        self._visit(plan)
         if self.slots is not None:
-            new += self._visits_meanwhile(self.slots)
+            self._visits_meanwhile(self.slots)
             # On CUDA the batch just queued runs on while the one before is read; a CPU has done it by now.
             while self.slots.in_flight > (self.slots.runs_ahead and queued > 0):
-                new += self._collect(plan)
-        failed, self._failed = self._failed, []
-        return [*(self._tell(live) for live in failed if self._live.get(live.request.id) is live), *new]
+                self._collect(plan)
+        news, self._news = self._news, {}
+        return [self._tell(live) for live in news.values() if self._live.get(live.request.id) is live]
 
     def _queue_slots(self, plan: Plan) -> int:
         """Let the slots go on; returns how many visits were queued."""
@@ -195,15 +187,13 @@ class Engine:
         self.statistics.add(visits=visits, rows=self.slots.last_rows if visits else 0)
         return visits
 
-    def _visits_meanwhile(self, slots: Slots) -> list[RequestOutput]:
+    def _visits_meanwhile(self, slots: Slots) -> None:
         """Planned visits while the slots are busy: a prompt then takes its recursions during one batch of theirs."""
-        new = list[RequestOutput]()
         with slots.sparing():
             while slots.is_busy and ((plan := self.scheduler.plan()).segments or plan.copies):
                 self.statistics.add(preemptions=len(plan.preempted))
                 self._beside.start(after_slots=bool(plan.preempted))  # whose pages batches in flight may still write
-                new += self._visit(plan)
-        return new
+                self._visit(plan)
 
     def _slot_row(self, request: Request, slot: int) -> SlotRow:
         assert self.slots is not None
@@ -211,16 +201,13 @@ class Engine:
         most = self.scheduler.most_output(request)
         return self.slots.row(request, slot, seed=live.seed, most_output=most, ends=live.ends)
 
-    def _collect(self, plan: Plan) -> list[RequestOutput]:
+    def _collect(self, plan: Plan) -> None:
         """Take in what the oldest batch of the slots did."""
         assert self.slots is not None
         with self._failing(plan.decoding, self.slots.forget):
-            progresses = self.slots.collect()
-        return [
-            self._tell(live)
-            for live in map(self._take_progress, progresses)
-            if len(live.log) > live.told or live.request.state == "finished"
-        ]
+            for live in map(self._take_progress, self.slots.collect()):
+                if len(live.log) > live.told or live.request.state == "finished":
+                    self._news[live.request.id] = live
 
     def _take_progress(self, progress: Progress) -> _Live:
         live, request = self._live[progress.request.id], progress.request
@@ -248,27 +235,26 @@ class Engine:
                 if request.state != "finished":
                     live.error = f"{type(error).__name__}: {error}"
                     self.scheduler.finish(request, "error")
-                self._failed.append(live)
+                self._news[request.id] = live
             raise
 
-    def _visit(self, plan: Plan) -> list[RequestOutput]:
+    def _visit(self, plan: Plan) -> None:
         if not plan.segments and not plan.copies:
-            return []
+            return
         visited = [segment.request for segment in plan.segments]
         with self._failing(visited, self.runner.forget), self._beside.running():
             self._store.copy_pages([copy.source for copy in plan.copies], [copy.target for copy in plan.copies])
             results = self.runner.visit(plan.segments) if plan.segments else []
             done: list[tuple[_Live, int, Tensor]] = []
-            ended: list[_Live] = []
             for segment, result in zip(plan.segments, results, strict=True):
                 live, logits_V = self._live[segment.request.id], self.runner.take_logits(segment)
                 self.scheduler.complete(segment, result)
                 if self._ends_unsampled(live, result.scores):
-                    ended.append(live)
+                    self._news[live.request.id] = live
                 elif logits_V is not None:
                     done.append((live, result.depths[-1], logits_V))
             self.statistics.add(visits=1, rows=plan.num_tokens)
-            return [*self._sample(done), *map(self._tell, ended)]
+            self._sample(done)
 
     def _ends_unsampled(self, live: _Live, scores: Sequence[TokenScore]) -> bool:
         """Whether a request ends without another token: its prompt was all there was to score, or cannot be scored."""
@@ -280,14 +266,14 @@ class Engine:
             self.scheduler.finish(request, "length")
         return request.state == "finished"
 
-    def _sample(self, done: Sequence[tuple[_Live, int, Tensor]]) -> list[RequestOutput]:
+    def _sample(self, done: Sequence[tuple[_Live, int, Tensor]]) -> None:
         if not done:
-            return []
+            return
         sampled = sample(torch.stack([logits_V for *_, logits_V in done]), [self._row(live) for live, *_ in done])
         for (live, depth, _), token in zip(done, sampled, strict=True):
             self._take(live, token, depth)
+            self._news[live.request.id] = live
         self.statistics.add(tokens=len(done))
-        return [self._tell(live) for live, *_ in done]
 
     def _row(self, live: _Live) -> SamplingRow:
         request = live.request
@@ -365,6 +351,8 @@ class Engine:
         """
         if any(live.request.state != "finished" for live in self._live.values()):
             raise ValueError("generate needs an engine without other requests: it would take what `step` tells of them")
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts={reprlib.repr(prompts)} is a single text; write [prompt] for one prompt")
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} params for {len(prompts)} prompts; give one for all, or one each")

@@ -207,6 +207,7 @@ def _fused(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return _joined([projection.weight for projection in projections]), _joined(biases) if biases else None
 
 
+@torch.inference_mode(False)  # the model may be trained on
 def _joined(parameters: Sequence[Tensor]) -> Tensor:
     joined = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):

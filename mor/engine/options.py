@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -54,16 +55,17 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for name in ("page_entries", "num_pages", "max_requests", "max_visit_tokens", "prefill_chunk", "slot_visits"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.pages_to_grow < 0:
-            raise ValueError(f"pages_to_grow={self.pages_to_grow} must be at least 0")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(
-                f"max_length={self.max_length} must be at least 2: a token of a prompt and one of an output"
-            )
-        if self.kv_memory_gib is not None and not self.kv_memory_gib > 0:
-            raise ValueError(f"kv_memory_gib={self.kv_memory_gib} must be positive")
+            self._whole(name, 1)
+        self._whole("pages_to_grow", 0)
+        self._whole("max_length", 2)
+        if self.kv_memory_gib is not None and not 0 < self.kv_memory_gib < math.inf:
+            raise ValueError(f"kv_memory_gib={self.kv_memory_gib} must be positive and finite")
         if not 0 < self.memory_share <= 1:
             raise ValueError(f"memory_share={self.memory_share} must lie in (0, 1]")
+
+    def _whole(self, name: str, least: int) -> None:
+        value: object = getattr(self, name)
+        if value is None and getattr(type(self), name) is None:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
+from typing import cast
 
 Budget = tuple[float | None, int | None]
 MOST_BUDGETS = 1024
@@ -42,8 +44,8 @@ class SamplingParams:
     max_recursions: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", _tuple(self.stop_token_ids))
         self._check_lengths()
         self._check_sampling()
         self._check_stops()
@@ -61,26 +63,28 @@ class SamplingParams:
             raise ValueError(f"n={self.n} with temperature=0 gives {self.n} equal outputs; use n=1 or a temperature")
 
     def _check_sampling(self) -> None:
-        self._number("temperature", self.temperature >= 0, "0 (greedy) or more")
+        self._number("temperature", lambda value: value >= 0, "of 0 (greedy) or more")
         self._whole("top_k", 0)
-        self._number("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
-        self._number("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1")
-        self._number("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is off)")
-        self._number("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2 (0 is off)")
-        self._number("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2 (0 is off)")
+        self._number("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1 (off)")
+        self._number("min_p", lambda value: 0 <= value <= 1, "between 0 (off) and 1")
+        self._number("repetition_penalty", lambda value: value > 0, "above 0 (1 is off)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._number(name, lambda value: -2 <= value <= 2, "between -2 and 2 (0 is off)")
         self._whole("seed", 0, optional=True)
         self._whole("logprobs", 0, optional=True)
         self._whole("prompt_logprobs", 0, optional=True)
 
     def _check_stops(self) -> None:
         if not _all_of(self.stop, str) or "" in self.stop:
-            raise ValueError(f"stop={self.stop!r} must hold strings that are not empty")
+            raise ValueError(f"stop={self.stop!r} must be strings that are not empty")
         if not _all_of(self.stop_token_ids, int) or any(token < 0 for token in self.stop_token_ids):
-            raise ValueError(f"stop_token_ids={self.stop_token_ids!r} must hold token ids of 0 or more")
+            raise ValueError(f"stop_token_ids={self.stop_token_ids!r} must be token ids of 0 or more")
+        if not isinstance(self.ignore_eos, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"ignore_eos={self.ignore_eos!r} must be True or False")
 
     def _check_depth(self) -> None:
         if self.mean_depth is not None:
-            self._number("mean_depth", self.mean_depth >= 1, "between 1 and the model's recursions, or None")
+            self._number("mean_depth", lambda value: value >= 1, "between 1 and the model's recursions, or None")
         self._whole("max_recursions", 1, optional=True)
 
     def _whole(self, name: str, least: int, *, optional: bool = False) -> None:
@@ -90,10 +94,10 @@ class SamplingParams:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}{', or None' * optional}")
 
-    def _number(self, name: str, holds: bool, right: str) -> None:
+    def _number(self, name: str, holds: Callable[[float], bool], right: str) -> None:
         value: float = getattr(self, name)
-        if not holds or not math.isfinite(value):
-            raise ValueError(f"{name}={value!r} must be {right}")
+        if not _is_number(value) or not holds(value):
+            raise ValueError(f"{name}={value!r} must be a number {right}")
 
     def check_vocabulary(self, size: int) -> None:
         """Raises ValueError for stop tokens that a vocabulary of `size` does not have."""
@@ -116,5 +120,17 @@ class SamplingParams:
         return self.mean_depth, self.max_recursions
 
 
-def _all_of(values: Iterable[object], kind: type) -> bool:
-    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+def _is_number(value: object) -> bool:
+    """Whether a float can hold it; neither infinity nor NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(cast(float, value)) <= sys.float_info.max
+
+
+def _tuple(values: object) -> object:
+    """Values as a tuple; what is none as it is."""
+    return tuple(cast(Iterable[object], values)) if isinstance(values, Iterable) else values
+
+
+def _all_of(values: object, kind: type) -> bool:
+    if not isinstance(values, tuple):
+        return False
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in cast(Iterable[object], values))

@@ -110,8 +110,8 @@ class Slots(SlotRunner):
             limit=self._budgets.limit(budget),
             seed=signed(seed),
             lengths=request.lengths,
-            stops=sorted(ends)[:NUM_STOPS],
-            top_k=min(params.top_k, self._vocab_size),  # a row's numbers have 64 bits
+            stops=sorted(token for token in ends if token < self._vocab_size)[:NUM_STOPS],
+            top_k=params.top_k if params.top_k < self._vocab_size else 0,
             temperature=params.temperature,
             top_p=params.top_p,
             min_p=params.min_p,

@@ -268,6 +268,16 @@ def test_a_prompt_may_be_text(tmp_path: Path) -> None:
     assert text.tokens == ids.tokens and text.prompt_tokens == 7
 
 
+def test_the_model_can_be_trained_on_afterwards() -> None:
+    model, twin = (tiny_model(router="expert_choice").train() for _ in range(2))
+    engine_of(model).generate([[1, 2, 3]], greedy(3), progress=False)
+    for each in (model, twin):
+        ids = random_ids(2, 9)
+        each.train()(input_ids=ids, labels=ids).loss.backward()
+    for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, atol=0, rtol=0)
+
+
 def test_statistics_count() -> None:
     engine = engine_of(tiny_model(router="gate"), prefix_caching=False)
     engine.generate([[1, 2, 3], [4]], greedy(2), progress=False)
@@ -285,6 +295,9 @@ def test_statistics_count() -> None:
         ("", {}, "empty prompt"),
         ([1, 64], {}, r"token 64, which is outside the vocabulary 0..63"),
         ([-1], {}, "token -1"),
+        ([1.7], {}, r"the prompt \[1.7\] must be a text or a sequence of token ids"),
+        (5, {}, "the prompt 5 must be a text or a sequence"),
+        ("caf\ud800", {}, r"half of a character, '\\ud800' at 3"),
         ([1] * 30, {}, "max_length=30 leaves room for at most 29"),
         ([1] * 20, dict(max_tokens=9), "num_pages=20; lower max_tokens to"),
         ([1], dict(mean_depth=1.5), "mean_depth=1.5 needs a calibrated model"),
@@ -328,6 +341,11 @@ def test_a_mean_depth_out_of_reach() -> None:
     engine = engine_of(calibrated("expert_choice"))
     with pytest.raises(ValueError, match=r"mean_depth=3.5 is impossible: this model can do 1.000 to 3.000"):
         engine.add_request("0", [1], SamplingParams(mean_depth=3.5))
+
+
+def test_a_single_text_is_not_taken_for_a_list_of_prompts() -> None:
+    with pytest.raises(ValueError, match=r"prompts='Hi' is a single text; write \[prompt\]"):
+        engine_of(tiny_model()).generate("Hi", greedy(2), progress=False)
 
 
 def test_a_bad_prompt_among_many_leaves_nothing_queued() -> None:

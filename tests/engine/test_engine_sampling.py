@@ -109,6 +109,17 @@ def test_a_stop_token_ends_the_output_and_belongs_to_it() -> None:
     assert ids(output) == whole[: whole.index(stop) + 1] and output.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("slots", [False, True])
+def test_numbers_far_beyond_the_vocabulary_limit_nothing(slots: bool) -> None:
+    engine, params = engine_of(tiny_model(), slots=slots), dict(max_tokens=6, seed=3, ignore_eos=True)
+    far = [dict(top_k=2**63), dict(seed=3 + 2**64), dict(logprobs=2**70)]
+    outputs = [
+        engine.generate([[1, 2], [3]], SamplingParams(**{**params, **changes}), progress=False)
+        for changes in [{}, *far]
+    ]
+    assert len({tuple(map(tuple, (output.token_ids for output in each))) for each in outputs}) == 1
+
+
 def test_the_end_of_a_text() -> None:
     """The token that the model's generation settings name, unless it is to be ignored or comes too early."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mor.engine.engine import Engine
 from mor.engine.request import Segment, SegmentResult
+from mor.engine.slot_runner import SlotRunner
 from mor.model.modeling_mor import MorForCausalLM
 from tests.engine.workload import (
     Job,
@@ -266,6 +267,36 @@ def test_sampling_that_breaks_off_leaves_nobody_waiting(monkeypatch: pytest.Monk
         engine.step()
     [output] = engine.step()
     assert output.error == "RuntimeError: no sample"
+    check_all_free(engine)
+
+
+def test_what_a_step_brought_before_a_visit_broke_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While slots are busy a step makes several planned visits: one may end a request, and the next one break off."""
+    engine = engine_of(tiny_model(router="expert_choice"), slots=True, slot_visits=2)
+    monkeypatch.setattr(SlotRunner, "is_busy", property(lambda slots: slots.in_flight > 1))
+    engine.add_request("slot", [1, 2], greedy(40))
+    for _ in range(4):
+        engine.step()
+    engine.add_request("short", [3, 4], greedy(1, logprobs=2))
+    engine.add_request("long", [3, 5], greedy(9, logprobs=2))
+    short, visit = engine.scheduler.waiting[0], engine.runner.visit
+
+    def broken(segments: list[Segment]) -> list[SegmentResult]:
+        if short.state == "finished":
+            raise RuntimeError("out of everything")
+        return visit(segments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "visit", broken)
+        with pytest.raises(RuntimeError, match="out of everything"):
+            drain(engine)
+    ended = {output.id: output for output in drain(engine) if output.finished}
+    assert {name: output.finish_reason for name, output in ended.items()} == {
+        "slot": "length",
+        "short": "length",
+        "long": "error",
+    }
+    assert len(ended["short"].tokens) == 1
     check_all_free(engine)
 
 
