@@ -124,6 +124,8 @@ class Engine:
         Raises ValueError naming what is wrong or too long; then nothing is queued.
         """
         params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"params={reprlib.repr(params)} must be SamplingParams")
         ids = prompt_ids(prompt, self.tokenizer, self.model.config.vocab_size)
         self.runner.budgets.check(params.budget)
         params.check_vocabulary(self.model.config.vocab_size)

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import cast
 
 Budget = tuple[float | None, int | None]
+MOST_SAMPLES = 65536
 MOST_BUDGETS = 1024
 """Of which something is kept: whoever makes requests chooses them, and they are as many as there are numbers."""
 
@@ -59,6 +60,8 @@ class SamplingParams:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
         self._whole("n", 1)
+        if self.n > MOST_SAMPLES:
+            raise ValueError(f"n={self.n} must be at most {MOST_SAMPLES}")
         if self.n > 1 and self.is_greedy:
             raise ValueError(f"n={self.n} with temperature=0 gives {self.n} equal outputs; use n=1 or a temperature")
 

@@ -36,6 +36,7 @@ from mor.engine.params import SamplingParams
         ("frequency_penalty", [0.5], "between -2 and 2"),
         ("seed", -1, "or None"),
         ("n", 0, "at least 1"),
+        ("n", 2**70, "at most 65536"),
         ("stop", ("a", ""), "not empty"),
         ("stop", (3,), "strings"),
         ("stop", None, "strings"),
