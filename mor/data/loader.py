@@ -101,7 +101,10 @@ class PackedLoader:
         """Continue exactly where `state` was taken. Raises ValueError when it belongs to other data, another seed or
         another `sequence_length`."""
         if set(state) != set(self.state_dict()):
-            raise ValueError(f"loader state has keys {sorted(state)}; expected {sorted(self.state_dict())}")
+            raise ValueError(
+                f"loader state has keys {sorted(state)}, not {sorted(self.state_dict())}: the run was begun by another "
+                "version of mor; go on with that one, or start a new run"
+            )
         if state["data"] != self._data:
             raise ValueError(f"loader state belongs to other token shards than {self.shards.folder}")
         for name in ("seed", "sequence_length"):

@@ -127,8 +127,10 @@ class KvStore:
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages, with 0 for what is not finite: entries behind the prefix that the old owner wrote since."""
         if sources:
-            self._pool[list(targets)] = self._pool[list(sources)].nan_to_num(nan=0, posinf=0, neginf=0)
-            self.overlay_RXP[:, list(targets)] = self.overlay_RXP[:, list(sources)]
+            source_N, target_N = (sent(torch.tensor(pages), self._pool.device) for pages in (sources, targets))
+            copied = self._pool.index_select(0, source_N).nan_to_num_(nan=0, posinf=0, neginf=0)
+            self._pool.index_copy_(0, target_N, copied)
+            self.overlay_RXP.index_copy_(1, target_N, self.overlay_RXP.index_select(1, source_N))
 
 
 def gather_entries(pages_XPGE: Tensor, table_NX: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import cast
 
 Budget = tuple[float | None, int | None]
 MOST_SAMPLES = 65536
+"""Of one prompt."""
+
 MOST_BUDGETS = 1024
 """Of which something is kept: whoever makes requests chooses them, and they are as many as there are numbers."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mor.engine.kv_store import PageLayout
+from mor.engine.sending import sent
 
 NUM_STOPS = 8
 """Tokens of a request that end it on the device; with more, the host ends it a few visits later."""
@@ -191,6 +192,4 @@ class SlotState:
         return (slot * sequences + sequence) * width + number
 
     def _sent(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
-        """On the device, without waiting for it."""
-        on_cuda = self.device.type == "cuda"
-        return torch.tensor(values, dtype=dtype, pin_memory=on_cuda).to(self.device, non_blocking=True)
+        return sent(torch.tensor(values, dtype=dtype), self.device)

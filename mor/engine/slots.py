@@ -69,13 +69,12 @@ class Slots(SlotRunner):
         layers: Layers,
         lockstep: bool | None = None,
     ) -> None:
-        """`pace`: that has not begun, so that no batch has more visits than it says. Raises ValueError for a model that
-        slots cannot run."""
+        """Raises ValueError for a model that slots cannot run."""
         routing = routing_of(model, budgets, saves_rows=layers.saves_rows)
         plan = model.config.depth_plan
         like = model.lm_head.weight.detach()
         state = SlotState(
-            layout, num_slots, max_length, hidden_size=model.config.hidden_size, most_visits=pace.visits, like=like
+            layout, num_slots, max_length, hidden_size=model.config.hidden_size, most_visits=pace.most, like=like
         )
         kind = RowProgram if layers.saves_rows else SlotProgram
         program = kind(model, layout, store, state, routing, layers, max_length)

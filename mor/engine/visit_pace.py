@@ -20,14 +20,14 @@ FORGETTING = 0.05
 
 
 class VisitPace:
-    """`visits`: of the next batch, between `least` and `most`; begins with the latter."""
+    """`visits`: of the next batch, between `least` and `most`, with which it begins."""
 
     def __init__(self, most: int, least: int = 1) -> None:
         if not 1 <= least <= most:
             raise ValueError(
                 f"batches of at least {least} and at most {most} visits; at least 1, and no more than most"
             )
-        self.visits = self._most = most
+        self.visits = self.most = most
         self._least = least
         self._longest = 0.0
         self._visit: float | None = None
@@ -45,4 +45,4 @@ class VisitPace:
             wanted = math.ceil(MARGIN * self._longest / self._visit)
         if wanted < self.visits:
             wanted = self.visits - 1  # visits that are too few cost more than those that are too many
-        self.visits = max(self._least, min(self._most, wanted))
+        self.visits = max(self._least, min(self.most, wanted))

@@ -288,12 +288,6 @@ def test_statistics_count() -> None:
 # what is refused
 
 
-def test_params_of_another_kind_are_refused() -> None:
-    for params in ({"max_tokens": 3}, 3, [{"max_tokens": 3}]):
-        with pytest.raises(ValueError, match=r"^params=.*must be SamplingParams"):
-            engine_of(tiny_model()).generate([[1, 2]], params, progress=False)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [

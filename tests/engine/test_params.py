@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 
 from mor.engine.params import SamplingParams
+from tests.engine.workload import engine_of
+from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -89,3 +91,9 @@ def test_a_budget_is_what_decides_depths() -> None:
     assert SamplingParams(mean_depth=1.5, temperature=0).budget == (1.5, None)
     assert SamplingParams(max_recursions=2, seed=3).budget == SamplingParams(max_recursions=2).budget == (None, 2)
     assert SamplingParams(temperature=0).is_greedy and not SamplingParams().is_greedy
+
+
+def test_params_of_another_kind_are_refused() -> None:
+    for params in ({"max_tokens": 3}, 3, [{"max_tokens": 3}]):
+        with pytest.raises(ValueError, match=r"^params=.*must be SamplingParams"):
+            engine_of(tiny_model()).generate([[1, 2]], params, progress=False)  # type: ignore[arg-type]
