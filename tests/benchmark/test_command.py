@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mor.cli import main
-from tests.test_cli import TEXT, make_model
+from tests.commands.running import TEXT, make_model
 
 QUICK = ("--requests", 3, "--prompt", 2, "--length", 4, "--length-sd", 0, "--concurrency", 2, "--rounds", 1)
 
