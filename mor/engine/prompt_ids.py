@@ -25,7 +25,12 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, vocabulary: int) -> tuple[int, ..
         ids = tuple(map(operator.index, tokens))
     except TypeError:
         raise ValueError(f"the prompt {reprlib.repr(prompt)} must be a text or a sequence of token ids") from None
+    check_ids(ids, vocabulary)
+    return ids
+
+
+def check_ids(ids: Sequence[int], vocabulary: int) -> None:
+    """Raises ValueError naming the first that is not among `vocabulary` ids."""
     wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
     if wrong is not None:
         raise ValueError(f"the prompt has token {wrong}, which is outside the vocabulary 0..{vocabulary - 1}")
-    return ids

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mor.engine.prompt_ids import check_ids
 from mor.serve.async_engine import AsyncEngine
 from mor.serve.chat import TextCoder
 from mor.serve.errors import ApiError, invalid, unavailable
@@ -80,9 +81,10 @@ class Service:
         """A prompt's token ids. Raises ApiError for one that the model does not have."""
         if isinstance(prompt, str):
             return await self.coder.encode(prompt)
-        last = self.facts.vocab_size - 1
-        if max(prompt) > last:
-            raise invalid(f"prompt: token {max(prompt)} is outside the vocabulary 0..{last}", "prompt")
+        try:
+            check_ids(prompt, self.facts.vocab_size)
+        except ValueError as error:
+            raise invalid(str(error), "prompt") from None
         return prompt
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
