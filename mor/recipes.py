@@ -246,15 +246,15 @@ def _demo_model(kind: Kind, vocab_size: int) -> dict[str, Any]:
 
 PROSE_LENGTH = 512
 PROSE_ROWS = 32
-PROSE_STEPS: dict[str, int] = {"base": 3088, "prose": 2790}
+PROSE_STEPS: dict[str, int] = {"base": 9264, "prose": 2790}
 
 
 def prose_run(stage: Literal["base", "prose"]) -> RunOptions:
     """A stage of a small model that writes prose: 7.7M parameters, 2 + 12 layer applications of width 288, three
     recursions.
 
-    `base` reads its whole corpus once, at a learning rate that never falls; `prose` goes on from it and reads the prose
-    in it three times.
+    `base` reads its whole corpus three times, at a learning rate that never falls; `prose` goes on from it and reads
+    the prose in it three times.
     """
     steps, is_last = PROSE_STEPS[stage], stage == "prose"
     return RunOptions(
@@ -278,7 +278,7 @@ def prose_run(stage: Literal["base", "prose"]) -> RunOptions:
             micro_batch_size=PROSE_ROWS,
             sequence_length=PROSE_LENGTH,
             log_interval=25,
-            evaluation_interval=500,
+            evaluation_interval=1000,
             evaluation_tokens=131072,
             calibration_tokens=131072,
             checkpoint_interval=0,
