@@ -13,7 +13,7 @@ import torch
 from bench.clock import wait
 from mor.benchmark.arms import Arm
 from mor.benchmark.pools import parse_pool
-from mor.benchmark.serving import PAGE_ENTRIES, pages_for, pages_in
+from mor.benchmark.serving import pages_for, pages_in
 from mor.benchmark.settle import Settled, bounds_of, settle
 from mor.engine.engine import Engine
 from mor.engine.kv_store import PageLayout
@@ -58,7 +58,7 @@ class Spot:
         wanted of the arm."""
         if self.place.isdigit():
             return int(self.place), None
-        recursions, shape = arm.model.config.num_recursions, PageLayout.of(arm.model.config, PAGE_ENTRIES).shape
+        recursions, shape = arm.model.config.num_recursions, PageLayout.of(arm.model.config, arm.page_entries).shape
         shares = [1.0] * recursions
         if arm.wanted_depth is not None:
             shares = budget_shares(arm.wanted_depth, linear_capacities(recursions))
@@ -88,6 +88,7 @@ class Point:
             arm.model,
             arm.tokenizer,
             EngineOptions(
+                page_entries=arm.page_entries,
                 max_requests=self.sequences,
                 num_pages=num_pages or pages_for(arm, self.sequences, self.prompt + self.output),
                 slot_visits=visits,

@@ -24,6 +24,7 @@ from mor.recipes import paper_sizes
 
 Routing = Literal["calibrated", "random"]
 
+PAGE_ENTRIES = 16
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 128
 _NAME = re.compile(r"(vanilla|recursive|mor)(?:-(\d+))?(-token)?(?:-(shared|hybrid))?(?:-(lockstep|depthwise))?")
 _SMALL: dict[str, dict[str, int]] = {
@@ -52,7 +53,7 @@ class Arm:
 
     `mean_depth`: asked of the model with each request, None for its own. `wanted_depth`: the mean depth that generated
     tokens shall have, for which `mor.benchmark.settle` looks for what to ask; None where they are taken as they come.
-    `routing`: in words, where its depths come from. `lockstep`: see `EngineOptions`.
+    `routing`: in words, where its depths come from. `lockstep`, `page_entries`: see `EngineOptions`.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Arm:
     routing: str
     wanted_depth: float | None = None
     lockstep: bool | None = None
+    page_entries: int = PAGE_ENTRIES
 
 
 def dimensions(name: str) -> dict[str, Any]:

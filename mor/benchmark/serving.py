@@ -14,8 +14,6 @@ from mor.engine.options import EngineOptions
 from mor.engine.outputs import RequestOutput
 from mor.engine.params import SamplingParams
 
-PAGE_ENTRIES = 16
-
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
@@ -73,7 +71,7 @@ def make_engine(arm: Arm, *, concurrency: int, num_pages: int) -> Engine:
     """An engine that runs `concurrency` requests at a time. No prefix is kept: random prompts have none in common."""
     on_cpu = arm.model.device.type == "cpu"
     options = EngineOptions(
-        page_entries=PAGE_ENTRIES,
+        page_entries=arm.page_entries,
         num_pages=num_pages,
         max_requests=concurrency,
         max_visit_tokens=max(512, concurrency) if on_cpu else None,
@@ -93,17 +91,17 @@ def warm_up(engine: Engine, sizes: Sequence[int], longest: int) -> None:
 
 def pages_in(num_bytes: float, arm: Arm) -> int:
     """Pages of an arm that fit `num_bytes`."""
-    return int(num_bytes // PageLayout.of(arm.model.config, PAGE_ENTRIES).page_bytes(arm.model.dtype))
+    return int(num_bytes // PageLayout.of(arm.model.config, arm.page_entries).page_bytes(arm.model.dtype))
 
 
 def pages_for(arm: Arm, num_requests: int, length: int) -> int:
     """Pages that hold `num_requests` requests of `length` tokens even if every token takes all recursions."""
-    return num_requests * PageLayout.of(arm.model.config, PAGE_ENTRIES).shape.worst_pages(length)
+    return num_requests * PageLayout.of(arm.model.config, arm.page_entries).shape.worst_pages(length)
 
 
 def vanilla_bytes(arm: Arm, num_requests: int, length: int) -> int:
     """Bytes of the pool that holds exactly `num_requests` sequences of `length` tokens of the arm's vanilla twin."""
-    layout = PageLayout.of(vanilla_twin(arm.model.config), PAGE_ENTRIES)
+    layout = PageLayout.of(vanilla_twin(arm.model.config), arm.page_entries)
     return num_requests * layout.shape.worst_pages(length) * layout.page_bytes(arm.model.dtype)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,9 @@ def _add_measurement(parser: argparse.ArgumentParser) -> None:
         "vanilla sequences, 32seq at the longest request and 32mean at the mean",
     )
     parser.add_argument(
+        "--page-entries", type=int, default=16, metavar="N", help="entries of a page, of every arm (default 16)"
+    )
+    parser.add_argument(
         "--settle-tokens", type=int, default=65536, metavar="N", help="generated to try a mean depth (65536)"
     )
     parser.add_argument(
@@ -126,6 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_peers(arguments.peers)
     options, notes = _options(arguments), make_console(stderr=True)
     arms, rows = _arms(arguments)
+    arms = [replace(arm, page_entries=arguments.page_entries) for arm in arms]
     workload = _workload(arguments, arms, rows)
 
     def report(line: str) -> None:

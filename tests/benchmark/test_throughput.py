@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,6 +128,15 @@ def test_two_readings_of_a_pool_in_sequences(arms: list[Arm], workload: Workload
     assert pool_pages("2seq", arms[0], even, None) == pages_for(arms[0], 2, 33)
     assert pool_pages("2mean", arms[0], even, None) == pages_for(arms[0], 2, 13)
     assert pool_pages("fit", arms[0], even, 3) == pages_for(arms[0], 3, 33)
+
+
+def test_smaller_pages_waste_less_of_a_pool(arms: list[Arm], workload: Workload) -> None:
+    options = ThroughputOptions(concurrency=2, rounds=1, pool="2seq")
+    small = [replace(arm, page_entries=4) for arm in arms]
+    (vanilla, _), (finer, _) = measure(arms, workload, options), measure(small, workload, options)
+    assert finer.page_bytes == vanilla.page_bytes / 4
+    assert finer.engine.tokens == vanilla.engine.tokens
+    assert finer.engine.kv_bytes < vanilla.engine.kv_bytes
 
 
 def test_arms_with_a_router_are_settled(arms: list[Arm]) -> None:
