@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mor.engine import plain_ops
 from mor.engine.kernels.launch import check_heads, check_projection, check_rows, kernel, runs_kernel
-from mor.engine.kernels.paged_decode import NUM_WARPS, SPLIT, TILE, attend_entries, fetch_entries, run_splits
+from mor.engine.kernels.paged_decode import SPLIT, attend_entries, fetch_entries, run_splits
 from mor.engine.kv_store import Overlay
 
 
@@ -119,8 +119,8 @@ def attend_new(
     overlay: Overlay | None = None,
     *,
     split: int = SPLIT,
-    tile: int = TILE,
-    num_warps: int = NUM_WARPS,
+    tile: int | None = None,
+    num_warps: int | None = None,
     num_stages: int | None = None,
     early: bool | None = None,
 ) -> Tensor:

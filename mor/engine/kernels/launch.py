@@ -16,6 +16,10 @@ from torch import Tensor
 
 from mor.engine.kv_store import Overlay
 
+VERY_FEW_ROWS = 2
+"""So many rows or fewer have programs of their own, which wait less: products that read a weight row by row, attention
+in larger tiles. They round otherwise than those of more rows."""
+
 kernel: Callable[..., Any] = triton.jit
 """Triton's decorator without its types, which know no launch options such as `num_warps`."""
 

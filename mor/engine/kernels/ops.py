@@ -10,6 +10,7 @@ from mor.engine.kernels import few_rows
 from mor.engine.kernels.append_decode import attend_new
 from mor.engine.kernels.draw import draw_tokens
 from mor.engine.kernels.fused import add_norm, rotate_and_store, swiglu
+from mor.engine.kernels.launch import VERY_FEW_ROWS
 from mor.engine.kernels.paged_decode import attend_pages
 from mor.engine.kernels.paged_prefill import attend_spans
 from mor.engine.kernels.slot_steps import SlotSteps
@@ -28,9 +29,9 @@ __all__ = [
     "swiglu",
 ]
 
-VERY_FEW_ROWS, FEW_ROWS = 2, 16
-"""Rows up to which the kernel that reads a weight row by row, and the one on matrix units, are faster than cuBLAS and
-the kernels around it, at 360M dimensions on one NVIDIA H200 (`python -m bench.kernels`)."""
+FEW_ROWS = 16
+"""Rows up to which the kernel that reads a weight row by row (`VERY_FEW_ROWS`), and the one on matrix units, are faster
+than cuBLAS and the kernels around it, at 360M dimensions on one NVIDIA H200 (`python -m bench.kernels`)."""
 
 
 def linear_small(x_NK: Tensor, weight_MK: Tensor, **folded: Any) -> Tensor:

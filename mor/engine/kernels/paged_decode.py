@@ -1,9 +1,9 @@
 """Attention of single rows over the pages of virtual sequences, with grouped queries: the decode kernel.
 
 A row's entries are cut into splits of a fixed number, whatever else is in the batch, so a row's result depends on
-itself alone. A split reads its keys and values once for all query heads of a group, as in Flash-Decoding
-(https://crfm.stanford.edu/2023/10/12/flashdecoding.html); a second, small kernel joins the splits of rows that have
-several by their log-sum-exp.
+itself alone, and on whether there are more than `VERY_FEW_ROWS`. A split reads its keys and values once for all query
+heads of a group, as in Flash-Decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html); a second, small kernel
+joins the splits of rows that have several by their log-sum-exp.
 
 Legend: N rows, T rows of the table, X pages, P entries of a page, H query heads, G key/value heads, E head size, S
 splits, L entries of a tile, K splits joined at a time.
@@ -20,7 +20,15 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mor.engine import plain_ops
-from mor.engine.kernels.launch import check_heads, check_rows, kernel, overlay_of, runs_kernel, starts_early
+from mor.engine.kernels.launch import (
+    VERY_FEW_ROWS,
+    check_heads,
+    check_rows,
+    kernel,
+    overlay_of,
+    runs_kernel,
+    starts_early,
+)
 from mor.engine.kernels.places import place_entries
 from mor.engine.kv_store import Overlay
 
@@ -32,6 +40,12 @@ TILE = 64
 
 NUM_WARPS = 2
 """Sums of several warps are rounded in another order, so this is one number for any batch too."""
+
+WIDE_BYTES = 32768
+"""Keys of a program's tile where there are very few rows: with a multiprocessor to itself, a program waits for one tile
+after the other more than for memory."""
+
+WIDEST, WIDE_WARPS = 256, 4
 
 NUM_STAGES = 2
 FEW_STAGES = 3
@@ -278,8 +292,8 @@ def attend_pages(
     overlay: Overlay | None = None,
     *,
     split: int = SPLIT,
-    tile: int = TILE,
-    num_warps: int = NUM_WARPS,
+    tile: int | None = None,
+    num_warps: int | None = None,
     num_stages: int | None = None,
     early: bool | None = None,
 ) -> Tensor:
@@ -310,8 +324,8 @@ def run_splits(
     longest: int,
     heads: int,
     split: int,
-    tile: int,
-    num_warps: int,
+    tile: int | None,
+    num_warps: int | None,
     num_stages: int | None,
     early: bool | None,
 ) -> Tensor:
@@ -321,6 +335,8 @@ def run_splits(
     and for tiles that cannot fill splits.
     """
     key_XPGE, _, table_TX, _, last_N = seen
+    usual_tile, usual_warps = _tiling(len(last_N), key_XPGE)
+    tile = usual_tile if tile is None else tile
     if table_TX.stride(1) != 1:
         raise ValueError(f"a table of strides {table_TX.stride()} does not hold a row's pages one after another")
     if tile < 16 or tile & (tile - 1) or split % tile:
@@ -349,7 +365,7 @@ def run_splits(
         LINE=128 // key_XPGE.element_size(),
         launch_pdl=early,
         maxnreg=FEW_REGISTERS if fits_split and not is_few else None,
-        num_warps=num_warps,
+        num_warps=num_warps or usual_warps,
         num_stages=num_stages or (FEW_STAGES if is_few else NUM_STAGES),
         enable_fp_fusion=False,  # a fused multiply-add rounds once where rotating must round twice
     )
@@ -358,3 +374,10 @@ def run_splits(
         parts = part_NSHE, lse_NSH, last_N, out_NHE, num_splits
         join(*parts, **shared, BLOCK_K=_JOINED, EARLY=early, num_warps=1, launch_pdl=early)
     return out_NHE
+
+
+def _tiling(num_rows: int, key_XPGE: Tensor) -> tuple[int, int]:
+    """Entries of a tile, and warps of a program."""
+    if num_rows > VERY_FEW_ROWS:
+        return TILE, NUM_WARPS
+    return max(TILE, min(WIDEST, WIDE_BYTES // (key_XPGE.shape[3] * key_XPGE.element_size()))), WIDE_WARPS

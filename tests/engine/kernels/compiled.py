@@ -55,6 +55,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         HEADS | DECODE | NO_OVERLAY,
         dict(num_warps=paged_decode.NUM_WARPS, num_stages=paged_decode.FEW_STAGES, enable_fp_fusion=False) | EARLY,
     ),
+    "attend_new_wide": (
+        append_decode._attend_new,
+        HEADS | DECODE | NO_OVERLAY | dict(TILE_ENTRIES=paged_decode.WIDEST),
+        dict(num_warps=paged_decode.WIDE_WARPS, num_stages=paged_decode.FEW_STAGES, enable_fp_fusion=False) | EARLY,
+    ),
     "attend_new_overlaid": (
         append_decode._attend_new,
         HEADS | DECODE,

@@ -111,6 +111,18 @@ def test_a_row_depends_on_itself_alone(device: torch.device) -> None:
             assert torch.equal(alone[0], together[n]), (n, longest)
 
 
+def test_very_few_rows_see_the_same_in_larger_tiles(device: torch.device) -> None:
+    """Of one split and of several, and each bit for bit the same alone."""
+    lengths = [300, 700]
+    pages = make_pages(lengths, device=device, groups=1)
+    query_NHE = torch.randn(2, 3, 16, device=device)
+    for lasts in ([299, 130], [40, 699]):
+        together = attend(query_NHE, pages, [0, 1], lasts, max(lasts) + 1)
+        torch.testing.assert_close(together, expected(query_NHE, pages, [0, 1], lasts), atol=2e-5, rtol=1e-4)
+        for n, last in enumerate(lasts):
+            assert torch.equal(attend(query_NHE[n : n + 1], pages, [n], [last], last + 1)[0], together[n])
+
+
 @pytest.mark.parametrize("longest", [0, 16, 200])
 def test_rows_that_see_nothing_are_zeros(longest: int, device: torch.device) -> None:
     pages = make_pages([16], device=device, width=20)
