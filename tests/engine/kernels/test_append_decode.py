@@ -14,7 +14,7 @@ from mor.engine.kernels.fused import rotate_and_store
 from mor.engine.kernels.paged_decode import attend_pages
 from tests.engine.kernels.pages import Pages, make_overlay, make_pages, overlay_of, place_of
 
-SMALL = dict(split=32, tile=16)
+SMALL = dict(split=32, tile=16, num_warps=2)
 NOBODYS = 0
 LENGTHS = [1, 16, 33, 100, 64, 17]
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from mor.engine.kernels.paged_decode import attend_pages
 
-SMALL = dict(split=32, tile=16)
+SMALL = dict(split=32, tile=16, num_warps=2)
 
 
 def expected(query_NHE: Tensor, pages: Pages, rows: list[int], lasts: list[int]) -> Tensor:
