@@ -46,6 +46,14 @@ def test_the_model_is_that_of_its_recipe(loaded: tuple[MorForCausalLM, Any]) -> 
     assert model.config.mean_depth == 2
 
 
+def test_the_card_tells_the_steps_and_tokens_of_its_recipe() -> None:
+    stages = [recipe(name).training for name in ("8m-base", "8m-prose")]
+    base, prose = (stage.steps for stage in stages)
+    tokens = sum(stage.steps * stage.micro_batch_size * stage.sequence_length for stage in stages)
+    assert f"| training | {base:,} + {prose:,} steps of 32 x 512 tokens " in CARD
+    assert f"has read {tokens // 10**6}M tokens" in CARD
+
+
 def test_greedy_text_is_the_same_each_time(loaded: tuple[MorForCausalLM, Any]) -> None:
     model, tokenizer = loaded
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
