@@ -125,8 +125,7 @@ class SlotProgram:
             self._model.last_layers, turning.x_CD, turning.places, shape, first=self._plan.num_outer
         )
         drawn = self._draw(turning.ints_CI, turning.floats_CF, x_CD, limited=shape.limited)
-        places = self._steps.advance(turning, *drawn)
-        x_CD = self._model.embed_tokens(turning.ints_CI[:, Int.TOKEN])
+        x_CD, places = self._steps.advance(turning, *drawn, self._model.embed_tokens.weight)
         x_CD = self._outer_layers(self._model.first_layers, x_CD, places, shape, first=0)
         return Entering(turning=turning, x_CD=x_CD, begun=self._begin(x_CD, turning.ints_CI, turning.floats_CF))
 

@@ -4,7 +4,7 @@ Four steps: slots turn, tokens are reported and the next ones enter, the block's
 settles in the slots. What routers compute of their own stands between them, in `mor.engine.slot_routing`.
 
 Legend: S slots, N slots of the visit, C slots that may turn in it, D hidden size, E head size, Q virtual sequences, I
-columns of integers, F columns of floats, R recursions, X pages, P entries of a page.
+columns of integers, F columns of floats, R recursions, V vocabulary, X pages, P entries of a page.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mor.engine.kv_store import lay_over
@@ -101,9 +102,11 @@ class SlotSteps:
             places=self._outer_places(slot_C, samples_C, ints_CI),
         )
 
-    def advance(self, turning: Turning, token_C: Tensor, logprob_C: Tensor) -> Places:
+    def advance(
+        self, turning: Turning, token_C: Tensor, logprob_C: Tensor, embedding_VD: Tensor
+    ) -> tuple[Tensor, Places]:
         """Report the tokens, and let slots that go on take theirs: `turning.ints_CI` changes, and slots that ended are
-        no longer live in it. Returns where the first layers find keys and values."""
+        no longer live in it. Returns the tokens' embeddings (C, D), and where the first layers find keys and values."""
         slot_C, ints_CI = turning.slot_C, turning.ints_CI
         turns_C = slot_C != self._state.num_slots
         samples_C = turns_C & (ints_CI[:, Int.FRESH] == 0)
@@ -121,7 +124,7 @@ class SlotSteps:
         if self._geometry.outer_entries:
             length_C = torch.where(live_C, ints_CI[:, Int.NUMBER] + 1, self._state.lengths[slot_C, -1])
             self._state.lengths[:, -1].index_copy_(0, slot_C, length_C)
-        return self._outer_places(slot_C, live_C, ints_CI)
+        return F.embedding(ints_CI[:, Int.TOKEN], embedding_VD), self._outer_places(slot_C, live_C, ints_CI)
 
     def _report(self, slot_C: Tensor, samples_C: Tensor, ints_CI: Tensor, token_C: Tensor, logprob_C: Tensor) -> None:
         """Write what was sampled where the host will find it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mor.engine.engine import Engine
 from mor.engine.request import Segment, SegmentResult
@@ -97,11 +97,9 @@ def test_ten_thousand_requests_on_a_pool_too_small_for_them() -> None:
 def poisoned(kv_cache: str, router: str = "expert_choice", token: int = POISON) -> MorForCausalLM:
     """A model for which one token is not a number."""
     model = tiny_model(router=router, kv_cache=kv_cache)
-
-    def poison(_: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output.masked_fill((inputs[0] == token)[..., None], torch.nan)
-
-    model.model.embed_tokens.register_forward_hook(poison)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # no longer the embedding's
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = torch.nan
     return model
 
 

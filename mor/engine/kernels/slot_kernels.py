@@ -4,9 +4,9 @@ A program has one slot, or one place of those that turn. Nothing in it waits for
 counted by every program for itself, from the columns of all slots, which lie together. Reads that its own writes would
 change stand before a barrier, as every warp of a program reads for itself.
 
-Legend: S slots, N slots of the visit, C slots that may turn in it, D hidden size, E head size, Q virtual sequences, X
-pages of a sequence, P entries of a page, I columns of integers, F columns of floats, A recursions of the block in a
-visit, R recursions after the first.
+Legend: S slots, N slots of the visit, C slots that may turn in it, D hidden size, E head size, V vocabulary, Q virtual
+sequences, X pages of a sequence, P entries of a page, I columns of integers, F columns of floats, A recursions of the
+block in a visit, R recursions after the first.
 """
 
 from __future__ import annotations
@@ -104,12 +104,14 @@ def advance_kernel(
     slot_C,
     token_C,
     logprob_C,
+    embedding_VD,
     reports_K3S,
     visit_1,
     lengths_SQ,
     tables_SQX,
     cos_LE,
     sin_LE,
+    x_CD,
     cos_CE,
     sin_CE,
     page_C,
@@ -119,6 +121,8 @@ def advance_kernel(
     nobody,
     nobodys,
     NUM_INTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     RECURSIONS: tl.constexpr,
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -139,8 +143,10 @@ def advance_kernel(
     left, number = tl.load(ints + _LEFT) - samples, tl.load(ints + _NUMBER) + samples
     live = turns & ((samples == 0) | ((is_stop == 0) & (left > 0)))
     made, old = tl.load(ints + _MADE) + samples, tl.load(ints + _TOKEN)
+    token = tl.maximum(tl.where(samples, token, old), 0)
+    copy_row(embedding_VD + token * HIDDEN, x_CD + row * HIDDEN, HIDDEN, BLOCK_D)
     tl.debug_barrier()
-    tl.store(ints + _TOKEN, tl.maximum(tl.where(samples, token, old), 0))
+    tl.store(ints + _TOKEN, token)
     tl.store(ints + _NUMBER, number)
     tl.store(ints + _LIVE, live.to(tl.int64))
     tl.store(ints + _FRESH, number * 0)

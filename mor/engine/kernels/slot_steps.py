@@ -67,17 +67,20 @@ class SlotSteps:
         )
         return turning
 
-    def advance(self, turning: Turning, token_C: Tensor, logprob_C: Tensor) -> Places:
+    def advance(
+        self, turning: Turning, token_C: Tensor, logprob_C: Tensor, embedding_VD: Tensor
+    ) -> tuple[Tensor, Places]:
         state, places = self._state, self._new_places(len(token_C))
+        x_CD = torch.empty_like(turning.x_CD)
         advance_kernel[(len(token_C),)](
-            *(turning.ints_CI, turning.slot_C, token_C, logprob_C),
-            *(state.reports, state.visit, state.lengths, *self._known, *places),
+            *(turning.ints_CI, turning.slot_C, token_C, logprob_C, embedding_VD),
+            *(state.reports, state.visit, state.lengths, *self._known, x_CD, *places),
             *(state.num_slots, self._geometry.nobodys),
             NUM_INTS=self._columns["NUM_INTS"],
+            **self._hidden,
             **self._outer,
-            num_warps=1,
         )
-        return self._seen(places)
+        return x_CD, self._seen(places)
 
     def enter(self, slots: int, entering: Entering | None) -> tuple[Tensor, list[Places]]:
         state, geometry = self._state, self._geometry

@@ -102,7 +102,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "weigh_blocks": (draw._weigh_blocks, DRAW | dict(PAD_S=32), EARLY),
     "choose_tokens": (draw._choose_tokens, DRAW | dict(PAD_S=32), EARLY),
     "turn": (slot_kernels.turn_kernel, COLUMNS | PLACES | dict(ALL=False, BLOCK_F=8, BLOCK_N=512, RECURSIONS=3), {}),
-    "advance": (slot_kernels.advance_kernel, PLACES | dict(NUM_INTS=21, RECURSIONS=3), dict(num_warps=1)),
+    "advance": (
+        slot_kernels.advance_kernel,
+        PLACES | dict(NUM_INTS=21, RECURSIONS=3, HIDDEN=960, BLOCK_D=1024),
+        {},
+    ),
     "enter": (
         slot_kernels.enter_kernel,
         COLUMNS | PLACES | NO_OVERLAY | ENTER | dict(READS_FIRST=False, WRITES_OWN=True, TAKEN=1),

@@ -26,4 +26,4 @@ def test_kernels_compile_for_compute_capability_9(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = json.loads(run.stdout)
     assert {name: found["stack"] for name, found in kernels.items() if found["stack"]} == {}
-    assert [name for name, found in kernels.items() if not found["wide"]] == ["advance"]  # which moves single numbers
+    assert all(found["wide"] for found in kernels.values())

@@ -98,8 +98,8 @@ def visited(steps: Any, state: SlotState, slots: int, turns: int, seed: int) -> 
     found += list(turning.places)
     token_C = torch.randint(-1, VOCABULARY, (turns,), generator=generator).to(device)
     token_C[::3] = turning.ints_CI[::3, Int.STOPS + 2]
-    places = steps.advance(turning, token_C, some(turns))
-    found += [turning.ints_CI.clone(), state.lengths.clone(), *places]
+    x_CD, places = steps.advance(turning, token_C, some(turns), some(VOCABULARY, HIDDEN))
+    found += [turning.ints_CI.clone(), state.lengths.clone(), x_CD, *places]
     target_C = torch.randint(0, 3, (turns,), generator=generator).to(device)
     begun = Begun(taken_N=some(turns) > 0, gate_N=some(turns), target_N=target_C)
     y_ND, each = steps.enter(slots, Entering(turning=turning, x_CD=some(turns, HIDDEN), begun=begun))
