@@ -58,7 +58,7 @@ FEW_REGISTERS = 96
 """A thread's, where rows have one split: ten programs then fit a multiprocessor instead of eight, and 256 short rows
 one wave. With several splits it costs more than it gives. Changes no rounding."""
 
-_JOINED = 8  # splits that the second kernel reads at a time
+_JOINED, _JOIN_WARPS = 8, 2  # splits that a program of the second kernel reads at a time
 _LOG2E = 1.4426950408889634
 
 
@@ -249,13 +249,15 @@ def _join_splits(
     out_NHE,
     num_splits,
     HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     SPLIT_ENTRIES: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One head of one row. Splits are added in blocks of a fixed number, so that `num_splits` changes no rounding."""
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """A group of one row. Splits are added in blocks of a fixed number, so that `num_splits` changes no rounding."""
+    group, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -263,22 +265,26 @@ def _join_splits(
     if last < SPLIT_ENTRIES:
         return
     used = last // SPLIT_ENTRIES + 1
-    size_E = tl.arange(0, SIZE)
-    largest = tl.full([], float("-inf"), tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    sum_E = tl.zeros([SIZE], tl.float32)
+    size_E, in_group_H = tl.arange(0, SIZE), tl.arange(0, BLOCK_H)
+    head_H, is_head_H = group * GROUP + in_group_H, in_group_H < GROUP
+    largest_H = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total_H = tl.zeros([BLOCK_H], tl.float32)
+    sum_HE = tl.zeros([BLOCK_H, SIZE], tl.float32)
     for first in range(0, used, BLOCK_K):
         split_K = first + tl.arange(0, BLOCK_K)
-        place_K = (row * num_splits + split_K) * HEADS + head
-        lse_K = tl.load(lse_NSH + place_K, mask=split_K < used, other=float("-inf"))
-        place_KE = place_K[:, None] * SIZE + size_E[None, :]
-        part_KE = tl.load(part_NSHE + place_KE, mask=(split_K < used)[:, None], other=0.0)
-        peak = tl.maximum(largest, tl.max(lse_K, 0))
-        decay, weight_K = tl.exp2(largest - peak), tl.exp2(lse_K - peak)
-        total = total * decay + tl.sum(weight_K, 0)
-        sum_E = sum_E * decay + tl.sum(part_KE * weight_K[:, None], 0)
-        largest = peak
-    tl.store(out_NHE + (row * HEADS + head) * SIZE + size_E, (sum_E / total).to(out_NHE.dtype.element_ty))
+        place_KH = (row * num_splits + split_K)[:, None] * HEADS + head_H[None, :]
+        is_in_KH = (split_K < used)[:, None] & is_head_H[None, :]
+        lse_KH = tl.load(lse_NSH + place_KH, mask=is_in_KH, other=float("-inf"))
+        place_KHE = place_KH[:, :, None] * SIZE + size_E[None, None, :]
+        part_KHE = tl.load(part_NSHE + place_KHE, mask=is_in_KH[:, :, None], other=0.0)
+        peak_H = tl.where(is_head_H, tl.maximum(largest_H, tl.max(lse_KH, 0)), 0.0)
+        decay_H, weight_KH = tl.exp2(largest_H - peak_H), tl.exp2(lse_KH - peak_H[None, :])
+        total_H = total_H * decay_H + tl.sum(weight_KH, 0)
+        sum_HE = sum_HE * decay_H[:, None] + tl.sum(part_KHE * weight_KH[:, :, None], 0)
+        largest_H = peak_H
+    out_HE = out_NHE + (row * HEADS + head_H)[:, None] * SIZE + size_E[None, :]
+    mean_HE = sum_HE / tl.where(is_head_H, total_H, 1.0)[:, None]
+    tl.store(out_HE, mean_HE.to(out_NHE.dtype.element_ty), mask=is_head_H[:, None])
 
 
 def attend_pages(
@@ -348,7 +354,8 @@ def run_splits(
     lse_NSH = torch.empty(shape, device=last_N.device, dtype=torch.float32)
     if not num_rows:
         return out_NHE
-    shared = dict(HEADS=heads, SIZE=size, SPLIT_ENTRIES=split)
+    group = heads // groups
+    shared = dict(HEADS=heads, GROUP=group, SIZE=size, SPLIT_ENTRIES=split)
     over, overlay_stride = overlay_of(overlay, last_N, key_XPGE)
     strides = row_stride, *key_XPGE.stride()[:2], table_TX.stride(0), overlay_stride
     is_few = num_rows * groups * num_splits <= FEW_PROGRAMS
@@ -357,10 +364,9 @@ def run_splits(
     attend[(groups, num_splits, num_rows)](
         *(*rows, *seen, *over, out_NHE, part_NSHE, lse_NSH, _LOG2E / size**0.5, *strides, num_splits),
         **shared,
-        GROUP=heads // groups,
         ENTRIES=entries,
         TILE_ENTRIES=tile,
-        BLOCK_H=max(16, triton.next_power_of_2(heads // groups)),
+        BLOCK_H=max(16, triton.next_power_of_2(group)),
         EARLY=early * (1 + is_few),
         LINE=128 // key_XPGE.element_size(),
         launch_pdl=early,
@@ -370,9 +376,15 @@ def run_splits(
         enable_fp_fusion=False,  # a fused multiply-add rounds once where rotating must round twice
     )
     if num_splits > 1:
-        join = _join_splits[(heads, num_rows)]
-        parts = part_NSHE, lse_NSH, last_N, out_NHE, num_splits
-        join(*parts, **shared, BLOCK_K=_JOINED, EARLY=early, num_warps=1, launch_pdl=early)
+        _join_splits[(groups, num_rows)](
+            *(part_NSHE, lse_NSH, last_N, out_NHE, num_splits),
+            **shared,
+            BLOCK_K=_JOINED,
+            BLOCK_H=triton.next_power_of_2(group),
+            EARLY=early,
+            launch_pdl=early,
+            num_warps=_JOIN_WARPS,
+        )
     return out_NHE
 
 

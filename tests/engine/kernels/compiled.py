@@ -67,8 +67,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     ),
     "join_splits": (
         paged_decode._join_splits,
-        dict(HEADS=15, SIZE=64, SPLIT_ENTRIES=paged_decode.SPLIT, BLOCK_K=8, EARLY=True),
-        EARLY | dict(num_warps=1),
+        dict(HEADS=15, GROUP=3, SIZE=64, SPLIT_ENTRIES=paged_decode.SPLIT, BLOCK_K=8, BLOCK_H=4, EARLY=True),
+        EARLY | dict(num_warps=2),
     ),
     "attend_tile": (
         paged_prefill._attend_tile,
