@@ -48,9 +48,9 @@ class StubEngine(Engine):
             count = min(self._source.piece, params.max_tokens - made)
             ids = [1 + (97 * (made + number)) % (VOCABULARY - 1) for number in range(count)]
             depths = [1 + token % 3 for token in ids]
-            logprobs = [None if params.logprobs is None else -1.5] * count
-            tops = [((1, -1.0),) * (params.logprobs or 0)] * count
-            _, reason = self._hear(live, ids, depths, logprobs, tops)
+            logprobs = [] if params.logprobs is None else [-1.5] * count
+            tops = [((1, -1.0),) * (params.logprobs or 0)] * len(logprobs)
+            reason = self._hear(live, ids, depths, logprobs, tops)
             if reason is not None:
                 self.scheduler.finish(live.request, reason)
             outputs.append(self._tell(live))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class OutOfPages(RuntimeError):
     """More pages were asked for than are free."""
@@ -33,7 +35,8 @@ class BlockPool:
         assert count >= 0
         if count > len(self._free):
             raise OutOfPages(f"{count} pages asked for, {len(self._free)} of {self.num_pages} are free")
-        pages = [self._free.pop() for _ in range(count)]
+        pages = self._free[: -count - 1 : -1]
+        del self._free[len(self._free) - count :]
         for page in pages:
             self._references[page] = 1
         return pages
@@ -43,9 +46,12 @@ class BlockPool:
         assert self._references[page] > 0, f"page {page} is free and cannot be shared"
         self._references[page] += 1
 
-    def release(self, page: int) -> None:
-        """Drop a reference; the last one frees the page."""
-        assert self._references[page] > 0, f"page {page} is free already"
-        self._references[page] -= 1
-        if not self._references[page]:
-            self._free.append(page)
+    def release(self, pages: Iterable[int]) -> None:
+        """Drop a reference to each page, in this order; the last one frees it."""
+        references, free = self._references, self._free
+        for page in pages:
+            left = references[page] - 1
+            assert left >= 0, f"page {page} is free already"
+            references[page] = left
+            if not left:
+                free.append(page)

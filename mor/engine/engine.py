@@ -44,7 +44,7 @@ from mor.loading import load_model
 from mor.model.modeling_mor import MorForCausalLM
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, slots=True)
 class _Live:
     """A request while it runs: what it said so far, how much of that was told, and the tokens that end it."""
 
@@ -200,30 +200,27 @@ class Engine:
     def _slot_row(self, request: Request, slot: int) -> SlotRow:
         assert self.slots is not None
         live = self._live[request.id]
-        most = self.scheduler.most_output(request)
-        return self.slots.row(request, slot, seed=live.seed, most_output=most, ends=live.ends)
+        return self.slots.row(request, slot, seed=live.seed, ends=live.ends)
 
     def _collect(self, plan: Plan) -> None:
         """Take in what the oldest batch of the slots did."""
         assert self.slots is not None
         with self._failing(plan.decoding, self.slots.forget):
-            for live in map(self._take_progress, self.slots.collect()):
-                if len(live.log) > live.told or live.request.state == "finished":
-                    self._news[live.request.id] = live
+            self.statistics.add(tokens=sum([self._take_progress(progress) for progress in self.slots.collect()]))
 
-    def _take_progress(self, progress: Progress) -> _Live:
-        live, request = self._live[progress.request.id], progress.request
-        wanted = request.params.logprobs is not None
-        logprobs = progress.logprobs if wanted else [None] * len(progress.tokens)
-        tops: list[Top] = [()] * len(progress.tokens)
-        count, reason = self._hear(live, progress.tokens, progress.depths, logprobs, tops)
-        self.scheduler.advance(request, progress.tokens[:count], progress.depths[:count], progress.lengths)
-        self.statistics.add(tokens=count)
+    def _take_progress(self, progress: Progress) -> int:
+        """Take in what a batch did for a request; returns how many tokens."""
+        request, tokens, depths, logprobs, lengths, is_broken = progress
+        live = self._live[request.id]
+        reason = self._hear(live, tokens, depths, logprobs)
+        self.scheduler.advance(request, tokens, depths, lengths)
         if reason is not None:
             self.scheduler.finish(request, reason)
-        elif progress.is_broken:
+        elif is_broken:
             self._break(live, "the logits hold NaN or infinity, or leave no token to choose")
-        return live
+        if tokens or is_broken:
+            self._news[request.id] = live
+        return len(tokens)
 
     @contextmanager
     def _failing(self, requests: Sequence[Request], forget: Callable[[], None]) -> Iterator[None]:
@@ -294,7 +291,8 @@ class Engine:
         if sampled.error is not None:
             self._break(live, sampled.error)
             return
-        _, reason = self._hear(live, [sampled.token], [depth], [sampled.logprob], [sampled.top])
+        logprobs, tops = ([], []) if sampled.logprob is None else ([sampled.logprob], [sampled.top])
+        reason = self._hear(live, [sampled.token], [depth], logprobs, tops)
         self.scheduler.append(live.request, sampled.token)
         if reason is not None:
             self.scheduler.finish(live.request, reason)
@@ -311,30 +309,34 @@ class Engine:
         live: _Live,
         ids: list[int],
         depths: list[int],
-        logprobs: Sequence[float | None],
-        tops: Sequence[Top],
-    ) -> tuple[int, FinishReason | None]:
-        """Write down new tokens up to the one that ends the request: how many these are, and why it ended."""
-        end = next((n for n, token in enumerate(ids) if token in live.ends), None) if live.ends else None
-        count = len(ids) if end is None else end + 1
-        reason: FinishReason | None = None if end is None else "stop"
+        logprobs: list[float],
+        tops: Sequence[Top] = (),
+    ) -> FinishReason | None:
+        """Write down new tokens up to the one that ends the request, and cut off those after it. Returns why it
+        ended."""
+        end = None if live.ends.isdisjoint(ids) else next(n for n, token in enumerate(ids) if token in live.ends)
+        reason: FinishReason | None = None
+        if end is not None:
+            reason = "stop"
+            _cut(end + 1, ids, depths, logprobs)
         if live.request.params.stop:
-            for n in range(count):
+            for n in range(len(ids)):
                 live.log.add(ids[n : n + 1], depths[n : n + 1], logprobs[n : n + 1], tops[n : n + 1])
                 if n != end and live.log.is_stopped():
-                    count, end, reason = n + 1, None, "stop"
+                    end, reason = None, "stop"
+                    _cut(n + 1, ids, depths, logprobs)
                     break
         else:
-            live.log.add(ids[:count], depths[:count], logprobs[:count], tops[:count])
-        if reason is None and len(live.log) >= self.scheduler.most_output(live.request):
+            live.log.add(ids, depths, logprobs, tops)
+        if reason is None and len(live.log.ids) >= live.request.most_output:
             reason = "length"
         if reason is not None:
             live.log.end(hide_last=end is not None)
-        return count, reason
+        return reason
 
     def _tell(self, live: _Live) -> RequestOutput:
         """What is new of a request."""
-        start, live.told = live.told, len(live.log)
+        start, live.told = live.told, len(live.log.ids)
         if live.request.state == "finished":
             self._live.pop(live.request.id, None)
         return _output(live, start)
@@ -373,18 +375,21 @@ class Engine:
         return [_output(live, 0) for live in lives]
 
 
+def _cut(count: int, *columns: list[Any]) -> None:
+    for column in columns:
+        del column[count:]
+
+
 def _output(live: _Live, start: int) -> RequestOutput:
-    request = live.request
+    request, log = live.request, live.log
     return RequestOutput(
         id=request.id,
         prompt_tokens=len(request.prompt),
         cached_tokens=request.cached_tokens,
         start=start,
-        stop=len(live.log),
-        finished=request.state == "finished",
+        stop=len(log.ids),
         finish_reason=request.finish_reason,
-        mean_depth=live.log.mean_depth,
         error=live.error,
         prompt_scores=None if request.params.prompt_logprobs is None else request.scores,
-        log=live.log,
+        log=log,
     )

@@ -36,10 +36,10 @@ class TokenLog:
     def __init__(self, text_maker: Callable[[], Detokenizer]) -> None:
         self.ids: list[int] = []
         self.depths: list[int] = []
-        self.logprobs: list[float | None] = []
+        self.logprobs: list[float] = []
         self.tops: list[Top] = []
         self._text_maker, self._pieces, self._num_read = text_maker, list[TextPiece](), 0
-        self._ended, self._last_is_hidden, self._depth_sum = False, False, 0
+        self._ended, self._last_is_hidden = False, False
 
     @cached_property
     def _by_token(self) -> Detokenizer:
@@ -55,19 +55,14 @@ class TokenLog:
         return len(self.ids)
 
     def add(
-        self, ids: Sequence[int], depths: Sequence[int], logprobs: Sequence[float | None], tops: Sequence[Top]
+        self, ids: Sequence[int], depths: Sequence[int], logprobs: Sequence[float] = (), tops: Sequence[Top] = ()
     ) -> None:
-        """Take in new tokens."""
+        """Take in new tokens. `logprobs`, `tops`: none, or those of all tokens of the request."""
         self.ids += ids
         self.depths += depths
-        self.logprobs += logprobs
-        self.tops += tops
-        self._depth_sum += sum(depths)
-
-    @property
-    def mean_depth(self) -> float | None:
-        """Mean of all depths, None when there are none."""
-        return self._depth_sum / len(self.depths) if self.depths else None
+        if logprobs:
+            self.logprobs += logprobs
+            self.tops += tops
 
     def is_stopped(self) -> bool:
         """Whether a stop string has come."""
@@ -86,8 +81,8 @@ class TokenLog:
                 token=self.ids[n],
                 text=self._pieces[n].text,
                 offset=self._pieces[n].offset,
-                logprob=self.logprobs[n],
-                top_logprobs=self.tops[n],
+                logprob=self.logprobs[n] if self.logprobs else None,
+                top_logprobs=self.tops[n] if self.tops else (),
                 depth=self.depths[n],
             )
             for n in range(start, stop)
@@ -112,15 +107,15 @@ class TokenLog:
             self._pieces[-1] = TextPiece(self._pieces[-1].text + self._by_token.finish(), self._pieces[-1].offset)
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, slots=True)
 class RequestOutput:
     """The state of a request.
 
     `prompt_tokens`: length of the prompt. `cached_tokens`: how many of them came from the prefix cache. `token_ids`,
     `depths`, `tokens` and `text`: those since the last output when streaming, all when generating; the last two are
-    made when they are read. `finish_reason`: None while running. `mean_depth`: the mean of all its tokens' depths so
-    far, None when there are none. `error`: why the request failed, None when it did not. `prompt_scores`: how probable
-    the tokens of the prompt after the first were, all of them unless the request failed; None when not asked for.
+    made when they are read. `finish_reason`: None while running. `error`: why the request failed, None when it did not.
+    `prompt_scores`: how probable the tokens of the prompt after the first were, all of them unless the request failed;
+    None when not asked for.
     """
 
     id: str
@@ -128,12 +123,17 @@ class RequestOutput:
     cached_tokens: int
     start: int
     stop: int
-    finished: bool
     finish_reason: FinishReason | None
-    mean_depth: float | None
     error: str | None
     prompt_scores: Sequence[TokenScore] | None = field(repr=False)
     log: TokenLog = field(repr=False)
+    _tokens: tuple[TokenOutput, ...] | None = field(init=False, repr=False, default=None)
+    _text: str | None = field(init=False, repr=False, default=None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more comes."""
+        return self.finish_reason is not None
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -144,6 +144,11 @@ class RequestOutput:
     def depths(self) -> Sequence[int]:
         """Depths of the tokens."""
         return self.log.depths[self.start : self.stop]
+
+    @property
+    def mean_depth(self) -> float | None:
+        """Mean depth of all tokens so far, None when there are none."""
+        return sum(self.log.depths[: self.stop]) / self.stop if self.stop else None
 
     @property
     def prompt_logprobs(self) -> list[float | None]:
@@ -163,14 +168,18 @@ class RequestOutput:
     @property
     def has_logprobs(self) -> bool:
         """Whether the tokens come with log-probabilities."""
-        return self.start < self.stop and self.log.logprobs[self.start] is not None
+        return self.start < self.stop and bool(self.log.logprobs)
 
-    @cached_property
+    @property
     def tokens(self) -> tuple[TokenOutput, ...]:
         """The tokens with all that is known of them."""
-        return self.log.tokens(self.start, self.stop)
+        if self._tokens is None:
+            self._tokens = self.log.tokens(self.start, self.stop)
+        return self._tokens
 
-    @cached_property
+    @property
     def text(self) -> str:
         """Their text."""
-        return self.log.text(self.start, self.stop)
+        if self._text is None:
+            self._text = self.log.text(self.start, self.stop)
+        return self._text

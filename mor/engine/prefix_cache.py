@@ -232,5 +232,5 @@ class PrefixCache:
         self._queue(node.parent)
 
     def _release_pages(self, node: PrefixNode) -> None:
-        for page in (page for part in node.pages for page in part):
-            self._pool.release(page)
+        for pages in node.pages:
+            self._pool.release(pages)

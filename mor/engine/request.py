@@ -14,6 +14,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 Top = tuple[tuple[int, float], ...]
 """The most probable tokens with the natural logarithms of their probabilities."""
 
+Lacks = list[tuple[int, int]]
+"""Pages that a request lacks: (virtual sequence, how many)."""
+
 
 class TokenScore(NamedTuple):
     """How probable a token of a prompt was after those before it.
@@ -27,7 +30,7 @@ class TokenScore(NamedTuple):
     depth: int
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, slots=True)
 class Request:
     """One sequence being generated (a call with n > 1 is n of these). Two requests are never equal.
 
@@ -37,7 +40,9 @@ class Request:
     block applications of each of these. `pages` and `lengths`: page ids and number of entries of each virtual sequence,
     those of the segment in flight included. `prefill`: tokens to compute before it decodes, as known when it was last
     admitted. `cached_tokens`: how many of them it found in the prefix cache when it was first admitted. `in_slot`:
-    whether it decodes by itself in a slot of the device, instead of visit by visit. `scores`: of the prompt's tokens
+    whether it decodes by itself in a slot of the device, instead of visit by visit. `most_output`: tokens after which
+    it must be finished for its length; `most_computed`: tokens of it that are ever computed, which the last one that
+    is sampled is not. `scores`: of the prompt's tokens
     after the first, if asked for, as far as they are known; they stay when the request starts again.
     """
 
@@ -46,6 +51,8 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     in_slot: bool = False
     arrival: int = -1
+    most_output: int = 0
+    most_computed: int = 0
     output: list[int] = field(default_factory=list[int])
     depths: list[int] = field(default_factory=list[int])
     num_computed: int = 0
@@ -85,7 +92,7 @@ class Request:
     @property
     def is_decoding_alone(self) -> bool:
         """Whether it is in a slot, or waits for one."""
-        return self.in_slot and self.state == "running" and not self.is_prefilling
+        return self.in_slot and self.state == "running" and self.num_computed >= self.prefill
 
     @property
     def is_ready(self) -> bool:
@@ -94,7 +101,7 @@ class Request:
         return self.state == "running" and self.segment is None and left > 0
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, slots=True)
 class Segment:
     """Tokens `start` .. `start + count` of a request, on their way through the block.
 

@@ -8,6 +8,7 @@ A request decodes visit by visit, each planned here, or by itself in a *slot* of
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,11 @@ from mor.engine.block_pool import BlockPool
 from mor.engine.cache_shape import CacheShape
 from mor.engine.limits import Limits
 from mor.engine.prefix_cache import PageCopy, PrefixCache, PrefixNode
-from mor.engine.request import FinishReason, Request, Segment, SegmentResult
+from mor.engine.request import FinishReason, Lacks, Request, Segment, SegmentResult
+from mor.engine.slot_pages import SlotPages
+
+NewPages = tuple[Request, int, int, list[int]]
+"""Pages that a request got: (request, virtual sequence, number of the first one in it, pages)."""
 
 
 class QueueFull(RuntimeError):
@@ -29,13 +34,13 @@ class Plan:
 
     No page is both source and target, so the order of the copies does not matter. `preempted`: requests whose segment
     in flight, if any, is dropped; they will start again from their first token. `num_tokens`: that take the visit.
-    `decoding`: requests that are in a slot or may enter one, with pages for the visits ahead; `grown`: which of these
-    got pages now.
+    `decoding`: requests that are in a slot or may enter one, with pages for the visits ahead; `grown`: what
+    running requests got to go on.
     """
 
     segments: list[Segment] = field(default_factory=list[Segment])
     decoding: list[Request] = field(default_factory=list[Request])
-    grown: list[Request] = field(default_factory=list[Request])
+    grown: list[NewPages] = field(default_factory=list[NewPages])
     preempted: list[Request] = field(default_factory=list[Request])
     copies: list[PageCopy] = field(default_factory=list[PageCopy])
     num_tokens: int = 0
@@ -72,12 +77,10 @@ class Scheduler:
         """In order of arrival."""
         return tuple(self._waiting)
 
-    def most_output(self, request: Request) -> int:
-        """Tokens after which a request must be finished for its length."""
-        return min(request.params.max_tokens, self.limits.max_length - len(request.prompt))
-
     def add(self, request: Request) -> None:
         """Queue a new request. Raises ValueError naming the limit it exceeds, QueueFull for `max_waiting`."""
+        request.most_output = min(request.params.max_tokens, self.limits.max_length - len(request.prompt))
+        request.most_computed = len(request.prompt) + request.most_output - request.params.generates
         self._check(request)
         if self.limits.max_waiting is not None and len(self._waiting) >= self.limits.max_waiting:
             raise QueueFull(f"request {request.id!r} refused: max_waiting={self.limits.max_waiting} requests wait")
@@ -100,13 +103,12 @@ class Scheduler:
                 f"{name} has a prompt of {size} tokens; max_length={self.limits.max_length} leaves room for at most "
                 f"{self.limits.max_length - generates}{' and one of output' * generates}"
             )
-        computed = size + self.most_output(request) - generates  # the last output is sampled and never computed
-        needed = self.shape.worst_pages(computed)
+        needed = self.shape.worst_pages(request.most_computed)
         if needed > self._pool.num_pages:
             fit = self.shape.most_tokens(self._pool.num_pages) + 1 - size
             advice = f"lower max_tokens to {fit}" if fit > 0 else "shorten the prompt"
             raise ValueError(
-                f"{name} may need {needed} pages for {size} tokens of prompt and {self.most_output(request)} of "
+                f"{name} may need {needed} pages for {size} tokens of prompt and {request.most_output} of "
                 f"output, and num_pages={self._pool.num_pages}; {advice}, or give the pool more memory"
             )
 
@@ -124,25 +126,25 @@ class Scheduler:
         if request.state == "waiting":
             self._waiting.remove(request)
         else:
-            self._running.remove(request)
+            del self._running[bisect_left(self._running, request.arrival, key=lambda other: other.arrival)]
             if self._prefix_cache is not None and reason in ("stop", "length"):
                 self._prefix_cache.insert(request)
         request.state, request.finish_reason = "finished", reason
         self._release(request)
 
-    def advance(self, request: Request, tokens: Sequence[int], depths: Sequence[int], lengths: Sequence[int]) -> None:
+    def advance(self, request: Request, tokens: Sequence[int], depths: Sequence[int], lengths: list[int]) -> None:
         """Enter what a request did in its slot: tokens sampled, depths of as many that were computed, and the entries
-        of its sequences, those of the token on its way included."""
-        assert request.is_decoding_alone and len(tokens) == len(depths)
+        of its sequences, those of the token on its way included: a list that is the request's from here on."""
+        assert request.in_slot and request.state == "running" and len(tokens) == len(depths)
         request.output += tokens
         request.depths += depths
         request.num_computed += len(depths)
-        request.lengths = list(lengths)
+        request.lengths = lengths
 
     def append(self, request: Request, token: int) -> None:
         """Add a sampled token to a running request; its segment may enter at the next plan."""
         assert request.state == "running" and request.segment is None and request.num_computed == request.num_known
-        assert len(request.output) < self.most_output(request), f"request {request.id!r} should have been finished"
+        assert len(request.output) < request.most_output, f"request {request.id!r} should have been finished"
         request.output.append(token)
 
     def complete(self, segment: Segment, result: SegmentResult) -> bool:
@@ -166,8 +168,8 @@ class Scheduler:
         pages, length = request.pages[sequence], request.lengths[sequence]
         used = self.shape.pages(sequence, length)
         assert used <= len(pages), f"{length} entries of sequence {sequence} exceed its {len(pages)} pages"
-        while len(pages) > used:
-            self._pool.release(pages.pop())
+        self._pool.release(pages[: used - 1 if used else None : -1])
+        del pages[used:]
 
     def _end(self, segment: Segment, result: SegmentResult) -> None:
         request = segment.request
@@ -186,40 +188,46 @@ class Scheduler:
         their next chunk, then new requests are admitted. Requests in slots get pages for `ahead` visits after the last
         one whose outcome was entered.
         """
-        plan = Plan(num_tokens=sum(request.segment.active for request in self._running if request.segment))
-        between = [request for request in self._running if request.segment is None]
-        decoding = [request for request in between if request.is_decoding_alone]
-        if decoding:
-            between = [request for request in between if not request.is_decoding_alone]
-        growth = self.shape.growths(ahead)
-        for request in tuple(self._running):
-            if request.state == "running" and not self._go_on(request, growth, plan):
-                self._preempt(request, plan)
+        plan, planned = Plan(), list[Request]()
+        for request in self._running:
+            (plan.decoding if request.is_decoding_alone else planned).append(request)
+        plan.num_tokens = sum(request.segment.active for request in planned if request.segment)
+        between = [request for request in planned if request.segment is None]
+        slots = SlotPages(self.shape, plan.decoding) if plan.decoding else None
+        lacks = slots.lacks(ahead) if slots else {}
+        lacks |= {request: self._lacks(request.segment) for request in planned if request.segment}
+        self._go_on([(request, lacks[request]) for request in self._running if lacks.get(request)], plan)
         self._enter(between, plan, prefilling=False)
         if self._enter(between, plan, prefilling=True) and not plan.preempted:
-            self._admit(plan)
-        plan.segments += [request.segment for request in self._running if request.segment]
-        plan.decoding += [request for request in decoding if request.state == "running"]
+            self._admit(plan, planned, slots)
+        plan.segments = [request.segment for request in self._running if request.segment]
+        if plan.preempted:
+            plan.decoding = [request for request in plan.decoding if request.state == "running"]
         return plan
 
-    def _go_on(self, request: Request, growth: Sequence[int], plan: Plan) -> bool:
-        """Take the pages with which a running request goes on; False if there are none for it."""
-        if request.segment is not None:
-            return self._reserve(request.segment, plan)
-        if not request.is_decoding_alone:
-            return True
-        short = self._short(request, growth)
-        if not short:
-            return True
-        most = len(request.prompt) + self.most_output(request) - 1
-        lengths = [(sequence, min(most, request.lengths[sequence] + growth[sequence])) for sequence in short]
-        plan.grown.append(request)
-        return self._take(request, lengths, plan)
+    def _go_on(self, lacking: Sequence[tuple[Request, Lacks]], plan: Plan) -> None:
+        """Give running requests, in order of arrival, what they lack to go on. Who finds no pages is preempted."""
+        promised, staying = 0, list[tuple[Request, Lacks]]()
+        for request, lacks in lacking:
+            if request.state == "running":
+                needed = promised + sum([count for _, count in lacks])
+                if needed > self._pool.num_free and not self._make_room(needed, request, plan):
+                    self._preempt(request, plan)
+                else:
+                    promised = needed
+                    staying.append((request, lacks))
+        plan.grown = self._give(staying, promised)
 
-    def _short(self, request: Request, growth: Sequence[int]) -> list[int]:
-        """The sequences of a request in a slot whose pages do not hold so many more entries."""
-        each = zip(request.lengths, growth, request.pages, self.shape.tokens_per_page)
-        return [s for s, (length, more, pages, size) in enumerate(each) if length + more > len(pages) * size]
+    def _give(self, lacking: Sequence[tuple[Request, Lacks]], num_pages: int) -> list[NewPages]:
+        """Take so many pages, which are there, and give requests what they lack."""
+        taken, start, grown = self._pool.take(num_pages), 0, list[NewPages]()
+        for request, lacks in lacking:
+            for sequence, count in lacks:
+                pages, more = request.pages[sequence], taken[start : start + count]
+                grown.append((request, sequence, len(pages), more))
+                pages += more
+                start += count
+        return grown
 
     def _enter(self, requests: Sequence[Request], plan: Plan, *, prefilling: bool) -> bool:
         """Let requests that are ready enter their next segments, in order of arrival; False if one found no room."""
@@ -251,23 +259,23 @@ class Scheduler:
         segment.request.segment = segment
         plan.num_tokens += segment.count
 
+    def _lacks(self, segment: Segment) -> Lacks:
+        """What a visit of `segment` lacks."""
+        request, lacks = segment.request, Lacks()
+        for sequence in self.shape.growing[segment.recursion]:
+            length = request.lengths[sequence] + segment.active
+            count = self.shape.pages(sequence, length) - len(request.pages[sequence])
+            if count > 0:
+                lacks.append((sequence, count))
+        return lacks
+
     def _reserve(self, segment: Segment, plan: Plan) -> bool:
         """Take the pages that a visit of `segment` may fill; False if even younger requests' do not suffice."""
-        lengths = segment.request.lengths
-        growing = self.shape.growing[segment.recursion]
-        return self._take(segment.request, [(s, lengths[s] + segment.active) for s in growing], plan)
-
-    def _take(self, request: Request, lengths: Sequence[tuple[int, int]], plan: Plan) -> bool:
-        """Take pages for sequences to reach lengths; False if even younger requests' do not suffice."""
-        wanted: list[tuple[int, int]] = []
-        for sequence, length in lengths:
-            lack = self.shape.pages(sequence, length) - len(request.pages[sequence])
-            if lack > 0:
-                wanted.append((sequence, lack))
-        if wanted and not self._make_room(sum(lack for _, lack in wanted), request, plan):
+        lacks = self._lacks(segment)
+        needed = sum(count for _, count in lacks)
+        if not self._make_room(needed, segment.request, plan):
             return False
-        for sequence, lack in wanted:
-            request.pages[sequence] += self._pool.take(lack)
+        self._give([(segment.request, lacks)], needed)
         return True
 
     def _make_room(self, num_pages: int, request: Request, plan: Plan) -> bool:
@@ -308,8 +316,8 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         if self._prefix_cache is not None:
             self._prefix_cache.release(request)
-        for page in (page for pages in request.pages for page in pages):
-            self._pool.release(page)
+        for pages in request.pages:
+            self._pool.release(pages)
         self._clear_pages(request)
         request.segment = None
 
@@ -317,9 +325,13 @@ class Scheduler:
         request.pages = [[] for _ in range(self.shape.num_sequences)]
         request.lengths = [0] * self.shape.num_sequences
 
-    def _admit(self, plan: Plan) -> None:
-        """Admit waiting requests in order of arrival, while there are slots, tokens and pages."""
-        outstanding = sum(map(self._outstanding, self._running)) if self._waiting else 0
+    def _admit(self, plan: Plan, planned: Sequence[Request], slots: SlotPages | None) -> None:
+        """Admit waiting requests in order of arrival, while there are slots, tokens and pages. Who runs already:
+        `planned`, and in `slots`."""
+        if not self._waiting or len(self._running) >= self.limits.max_requests:
+            return
+        outstanding = sum(map(self._outstanding, planned))
+        outstanding += slots.outstanding(self.limits.room_to_grow) if slots else 0
         while self._waiting and len(self._running) < self.limits.max_requests:
             request = self._waiting[0]
             node = self._find_prefix(request)
@@ -355,8 +367,7 @@ class Scheduler:
 
     def _outstanding(self, request: Request) -> int:
         """Pages that a running request may still take for the tokens known of it and those it has room to grow by."""
-        last = len(request.prompt) + self.most_output(request) - 1
-        known = max(request.num_known, min(last, request.num_known + self.limits.room_to_grow))
+        known = max(request.num_known, min(request.most_computed, request.num_known + self.limits.room_to_grow))
         worst = self.shape.worst_pages(known, request.lengths, request.num_computed)
         return max(0, worst - request.num_pages)  # a slot's pages may reach ahead of what is known
 

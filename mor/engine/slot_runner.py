@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mor.engine.graphs import Graphs
 from mor.engine.request import Request
+from mor.engine.scheduler import NewPages
 from mor.engine.slot_program import SlotProgram, VisitShape
 from mor.engine.slot_state import BROKEN, NOTHING, Edits, Report, SlotRow
 from mor.engine.visit_choice import PATIENCE
@@ -45,9 +46,9 @@ BATCH_SECONDS = 0.02
 
 
 class Progress(NamedTuple):
-    """What a batch did for one request: its new tokens with the depths of the positions that predicted them and their
-    log-probabilities, and the entries of its sequences after it. `is_broken`: there was no token to sample after
-    these."""
+    """What a batch did for one request: its new tokens with the depths of the positions that predicted them and, if it
+    asks for them, their log-probabilities, and the entries of its sequences after it. `is_broken`: there was no token
+    to sample after these."""
 
     request: Request
     tokens: list[int]
@@ -57,15 +58,16 @@ class Progress(NamedTuple):
     is_broken: bool
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, slots=True)
 class _Tenant:
-    """A request in a slot. `pages`: how many pages of each sequence the slot knows. `epoch`: how often the request had
-    been preempted when it came; after one more it is another's."""
+    """A request in a slot. `made`: tokens of it that were collected since it came. `epoch`: how often it had been
+    preempted by then; after one more the slot is another's. `ends_itself`: the device knows that it has ended."""
 
     request: Request
     row: SlotRow
-    pages: list[int]
+    stops: frozenset[int]
     epoch: int
+    made: int = 0
     ends_itself: bool = False
 
     @property
@@ -93,20 +95,22 @@ class _Said:
     first: list[int]
     tokens: list[int]
     depths: list[int]
-    logprobs: list[float]
+    logprobs: np.ndarray
     lengths: list[list[int]]
 
     @classmethod
     def of(cls, batch: _Batch) -> _Said:
-        reports_SK = batch.reports[: batch.visits].numpy().transpose(1, 2, 0)
-        slot, visit = np.nonzero(reports_SK[Report.TOKEN] != NOTHING)
-        tokens, depths, logprobs = (reports_SK[column][slot, visit] for column in Report)
-        first = np.searchsorted(slot, np.arange(reports_SK.shape[1] + 1))
+        slots = batch.reports.shape[-1]
+        reports_CSK = np.ascontiguousarray(batch.reports[: batch.visits].numpy().transpose(1, 2, 0))
+        reports_CX = reports_CSK.reshape(len(Report), slots * batch.visits)
+        place = np.flatnonzero(reports_CX[Report.TOKEN] != NOTHING)
+        tokens, depths, logprobs = reports_CX.take(place, 1)
+        first = np.searchsorted(place, np.arange(slots + 1) * batch.visits)
         return cls(
             first=first.tolist(),
             tokens=tokens.tolist(),
             depths=depths.tolist(),
-            logprobs=logprobs.view(np.float32).tolist(),
+            logprobs=logprobs.view(np.float32),
             lengths=batch.lengths.tolist(),
         )
 
@@ -181,10 +185,13 @@ class SlotRunner:
         return self._pace.visits + sum(batch.visits for batch in self._flight)
 
     def run(
-        self, decoding: Sequence[Request], grown: Sequence[Request], row_of: Callable[[Request, int], SlotRow]
+        self,
+        decoding: Sequence[Request],
+        grown: Sequence[NewPages],
+        row_of: Callable[[Request, int], SlotRow],
     ) -> int:
-        """Let requests take free slots and queue a batch of visits; returns how many visits. `grown`: those of them
-        with new pages. `row_of`: the row of a request that comes to a slot.
+        """Let requests take free slots and queue a batch of visits; returns how many visits. `grown`: what
+        was added to the pages of those in slots. `row_of`: the row of a request that comes to a slot.
 
         Afterwards `last_rows` counts the rows that took the batch's visits (all that might have, where only the device
         knows), and `has_strays` tells whether a batch in flight may still write to pages of requests that are gone.
@@ -227,39 +234,31 @@ class SlotRunner:
 
     def _most_useful(self) -> int:
         """Visits after those in flight until the last of the requests must have ended."""
-        most = 0
-        for tenant in self._tenants.values():
-            made = len(tenant.request.output) - tenant.row.made
-            most = max(most, tenant.row.left - made + (made == 0))  # the first visit of a new one has nothing to sample
+        # The first visit of a new one has nothing to sample.
+        most = max([tenant.row.left - tenant.made + (tenant.made == 0) for tenant in self._tenants.values()])
         return most * self._most_per_token - sum(batch.visits for batch in self._flight)
 
-    def collect(self) -> list[Progress]:
-        """Wait for the oldest batch. Requests that have gone since it was queued are left out."""
+    def collect(self) -> Iterator[Progress]:
+        """Wait for the oldest batch, and tell what it did. Requests that have gone since it was queued are left out."""
         batch = self._flight.popleft()
         self._wait_for(batch)
         said = _Said.of(batch)
         self._rate.see(said.depths)
-        found = []
+        return self._progress(batch, said)
+
+    def _progress(self, batch: _Batch, said: _Said) -> Iterator[Progress]:
         for tenant in batch.tenants:
             if not tenant.is_here:
                 continue
-            slot = tenant.row.slot
-            part = slice(said.first[slot], said.first[slot + 1])
-            tokens, depths = said.tokens[part], said.depths[part]
-            is_broken = bool(tokens) and tokens[-1] == BROKEN
-            tenant.ends_itself = is_broken or self._ends(tenant, tokens)
-            end = len(tokens) - is_broken
-            found.append(
-                Progress(
-                    request=tenant.request,
-                    tokens=tokens[:end],
-                    depths=depths[:end],
-                    logprobs=said.logprobs[part][:end],
-                    lengths=said.lengths[slot],
-                    is_broken=is_broken,
-                )
-            )
-        return found
+            request, slot = tenant.request, tenant.row.slot
+            start, end = said.first[slot], said.first[slot + 1]
+            is_broken = start < end and said.tokens[end - 1] == BROKEN
+            end -= is_broken
+            tokens, depths = said.tokens[start:end], said.depths[start:end]
+            logprobs = said.logprobs[start:end].tolist() if request.params.logprobs is not None else []
+            tenant.made += end - start
+            tenant.ends_itself = is_broken or tenant.made >= tenant.row.left or not tenant.stops.isdisjoint(tokens)
+            yield Progress(request, tokens, depths, logprobs, said.lengths[slot], is_broken)
 
     @contextmanager
     def sparing(self) -> Iterator[None]:
@@ -287,13 +286,11 @@ class SlotRunner:
         self._free = list(range(self._state.num_slots))
         self._emptied, self._is_adrift = list(self._free), True
 
-    def _ends(self, tenant: _Tenant, tokens: Sequence[int]) -> bool:
-        """Whether the device knows that a request has ended."""
-        made = len(tenant.request.output) + len(tokens) - tenant.row.made
-        return made >= tenant.row.left or not set(tokens).isdisjoint(tenant.row.stops)
-
     def _changes(
-        self, decoding: Sequence[Request], grown: Sequence[Request], row_of: Callable[[Request, int], SlotRow]
+        self,
+        decoding: Sequence[Request],
+        grown: Sequence[NewPages],
+        row_of: Callable[[Request, int], SlotRow],
     ) -> Edits:
         """Empty the slots of requests that are gone, fill free ones, and tell all about their new pages."""
         gone = [tenant for tenant in self._tenants.values() if not tenant.is_here]
@@ -304,20 +301,20 @@ class SlotRunner:
             self._release(tenant)
         edits = Edits(emptied=self._emptied)
         self._emptied = []
-        new = [self._settle(request, row_of) for request in decoding if request.id not in self._tenants]
-        edits.rows += [tenant.row for tenant in new]
-        for tenant in (*new, *(self._tenants[request.id] for request in grown if request.id in self._tenants)):
-            for sequence, pages in enumerate(tenant.request.pages):
-                for number in range(tenant.pages[sequence], len(pages)):
-                    edits.pages.append((tenant.row.slot, sequence, number, pages[number]))
-                tenant.pages[sequence] = len(pages)
+        for request, sequence, number, pages in grown:
+            tenant = self._tenants.get(request.id)
+            if tenant is not None:
+                edits.pages.append((tenant.row.slot, sequence, number, pages))
+        for request in [request for request in decoding if request.id not in self._tenants]:
+            row = self._settle(request, row_of)
+            edits.rows.append(row)
+            edits.pages += [(row.slot, sequence, 0, pages) for sequence, pages in enumerate(request.pages)]
         return edits
 
-    def _settle(self, request: Request, row_of: Callable[[Request, int], SlotRow]) -> _Tenant:
-        row = row_of(request, heapq.heappop(self._free))
-        tenant = _Tenant(request=request, row=row, pages=[0] * len(request.pages), epoch=request.num_preemptions)
-        self._tenants[request.id] = tenant
-        return tenant
+    def _settle(self, request: Request, row_of: Callable[[Request, int], SlotRow]) -> SlotRow:
+        row, epoch = row_of(request, heapq.heappop(self._free)), request.num_preemptions
+        self._tenants[request.id] = _Tenant(request=request, row=row, stops=frozenset(row.stops), epoch=epoch)
+        return row
 
     def _release(self, tenant: _Tenant) -> None:
         self._emptied.append(tenant.row.slot)
@@ -325,13 +322,14 @@ class SlotRunner:
 
     def _shape(self, *, num_new: int) -> VisitShape:
         """The smallest visit for all that are in slots."""
-        needed = 1 + max(tenant.row.slot for tenant in self._tenants.values())
+        tenants = self._tenants.values()
+        needed = 1 + max([tenant.row.slot for tenant in tenants])
         slots = min(SIZES[bisect_left(SIZES, needed)] if needed <= SIZES[-1] else needed, self._state.num_slots)
         places = self._rate.places(slots)
         many_are_new = num_new > max(1, slots // 8)
-        longest = self.ahead + max(tenant.request.num_known for tenant in self._tenants.values())
+        longest = self.ahead + 1 + max([tenant.row.number + tenant.made for tenant in tenants])
         turns = slots if self._turns_once or many_are_new else places
-        limited = any(tenant.row.is_limited for tenant in self._tenants.values())
+        limited = any(tenant.row.is_limited for tenant in tenants)
         return VisitShape(slots=slots, turns=turns, longest=self._bound(longest), limited=limited)
 
     def _bound(self, longest: int) -> int:

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,27 +89,19 @@ class SlotRow:
     min_p: float = 0.0
     thresholds: Sequence[float] = ()
 
-    @property
+    @cached_property
     def is_limited(self) -> bool:
         """Whether it draws with top-k or top-p."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
     def ints(self) -> list[int]:
         """Columns of `SlotState.ints`."""
-        stops = [*self.stops, *[NOTHING] * (NUM_STOPS - len(self.stops))]
-        values = {
-            Int.TOKEN: self.token,
-            Int.NUMBER: self.number,
-            Int.RECURSION: RESTING,
-            Int.LIVE: 1,
-            Int.FRESH: 1,
-            Int.MADE: self.made,
-            Int.LEFT: self.left,
-            Int.LIMIT: self.limit,
-            Int.SEED: self.seed,
-            Int.TOP_K: self.top_k,
-        }
-        return [values.get(column, 0) for column in list(Int)[: Int.STOPS]] + stops
+        values = [0] * Int.STOPS
+        values[Int.TOKEN], values[Int.NUMBER], values[Int.RECURSION] = self.token, self.number, RESTING
+        values[Int.LIVE], values[Int.FRESH] = 1, 1
+        values[Int.MADE], values[Int.LEFT], values[Int.LIMIT] = self.made, self.left, self.limit
+        values[Int.SEED], values[Int.TOP_K] = self.seed, self.top_k
+        return [*values, *self.stops, *[NOTHING] * (NUM_STOPS - len(self.stops))]
 
     def floats(self) -> list[float]:
         """Columns of `SlotState.floats`."""
@@ -115,12 +110,12 @@ class SlotRow:
 
 @dataclass(kw_only=True)
 class Edits:
-    """What changes between two batches: requests that take slots, slots that are emptied, and new pages as (slot,
-    sequence, number of the page in it, page)."""
+    """What changes between two batches: requests that take slots, slots that are emptied, and new pages: (slot,
+    sequence, number of the first one in it, pages)."""
 
     rows: list[SlotRow] = field(default_factory=list[SlotRow])
     emptied: list[int] = field(default_factory=list[int])
-    pages: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
+    pages: list[tuple[int, int, int, list[int]]] = field(default_factory=list[tuple[int, int, int, list[int]]])
 
 
 class SlotState:
@@ -156,8 +151,8 @@ class SlotState:
         if edits.emptied:
             self.ints[:, Int.LIVE].index_fill_(0, self._sent(edits.emptied), 0)
         if edits.pages:
-            place, page = zip(*((self._place(*where), page) for *where, page in edits.pages), strict=True)
-            self.tables.view(-1).index_copy_(0, self._sent(place), self._sent(page).int())
+            place, page = self._sent(self._places(edits))
+            self.tables.view(-1).index_copy_(0, place, page.int())
         if edits.rows:
             slots = self._sent([row.slot for row in edits.rows])
             self.ints.index_copy_(0, slots, self._sent([row.ints() for row in edits.rows]))
@@ -187,9 +182,15 @@ class SlotState:
     def _changing(self) -> list[Tensor]:
         return [self.ints, self.floats, self.lengths, self.stream, self.x, self.reports, self.visit]
 
-    def _place(self, slot: int, sequence: int, number: int) -> int:
+    def _places(self, edits: Edits) -> np.ndarray:
+        """Places in `tables`, all sequences of all slots in one row, and the pages that come there."""
         _, sequences, width = self.tables.shape
-        return (slot * sequences + sequence) * width + number
+        starts = [(slot * sequences + sequence) * width + number for slot, sequence, number, _ in edits.pages]
+        runs = [pages for _, _, _, pages in edits.pages]
+        counts = np.fromiter(map(len, runs), np.int64)
+        page = np.fromiter(chain.from_iterable(runs), np.int64)
+        first = np.array(starts) - counts.cumsum() + counts
+        return np.stack([np.repeat(first, counts) + np.arange(len(page)), page])
 
-    def _sent(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
-        return sent(torch.tensor(values, dtype=dtype), self.device)
+    def _sent(self, values: Sequence[object] | np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
+        return sent(torch.as_tensor(values, dtype=dtype), self.device)

@@ -93,7 +93,7 @@ class Slots(SlotRunner):
         self._budgets, self._num_recursions, self._vocab_size = budgets, plan.num_recursions, model.config.vocab_size
         self._thresholds: dict[Budget, Sequence[float]] = {}
 
-    def row(self, request: Request, slot: int, *, seed: int, most_output: int, ends: frozenset[int]) -> SlotRow:
+    def row(self, request: Request, slot: int, *, seed: int, ends: frozenset[int]) -> SlotRow:
         """A request as it comes to a slot, with the tokens that end it."""
         params, budget = request.params, request.params.budget
         if budget not in self._thresholds:
@@ -105,7 +105,7 @@ class Slots(SlotRunner):
             token=request.output[-1] if request.output else request.prompt[-1],
             number=request.num_known - 1,
             made=len(request.output),
-            left=most_output - len(request.output),
+            left=request.most_output - len(request.output),
             limit=self._budgets.limit(budget),
             seed=signed(seed),
             lengths=request.lengths,

@@ -187,7 +187,7 @@ class Simulation:
         self.scheduler.append(request, token)
         if token == STOP_TOKEN and not request.params.ignore_eos:
             self.scheduler.finish(request, "stop")
-        elif len(request.output) == self.scheduler.most_output(request):
+        elif len(request.output) == request.most_output:
             self.scheduler.finish(request, "length")
 
     def _harvest(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_batches_of_other_lengths_change_nothing() -> None:
     assert engine.slots is not None
     pace, collect = engine.slots._pace, engine.slots.collect
 
-    def paced() -> list[Progress]:
+    def paced() -> Iterator[Progress]:
         pace.visits = draw.randrange(1, 10)
         return collect()
 

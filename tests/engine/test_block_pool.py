@@ -43,7 +43,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         page = data.draw(st.sampled_from(sorted(self.held)))
-        self.pool.release(page)
+        self.pool.release([page])
         self.held -= Counter([page])
 
     @invariant()
@@ -59,9 +59,9 @@ TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=N
 def test_a_free_page_can_be_neither_shared_nor_released() -> None:
     pool = BlockPool(2)
     (page,) = pool.take(1)
-    pool.release(page)
+    pool.release([page])
     with pytest.raises(AssertionError, match="is free already"):
-        pool.release(page)
+        pool.release([page])
     with pytest.raises(AssertionError, match="cannot be shared"):
         pool.share(page)
 

@@ -20,7 +20,7 @@ def log_of(runs: list[bytes], *, stop: tuple[str, ...] = (), hide_last: bool = F
     """A request that got these tokens and ended."""
     log = TokenLog(partial(Detokenizer, BYTES, stop))
     for run in runs:
-        log.add(list(run), [1] * len(run), [None] * len(run), [()] * len(run))
+        log.add(list(run), [1] * len(run))
     log.end(hide_last=hide_last)
     return log
 
@@ -50,7 +50,7 @@ def test_tokens_read_after_their_text_have_their_own() -> None:
 
 def test_text_that_was_held_back_comes_with_an_end_that_brings_no_token() -> None:
     log = TokenLog(partial(Detokenizer, BYTES))
-    log.add(list("é".encode())[:1], [1], [None], [()])
+    log.add(list("é".encode())[:1], [1])
     assert log.text(0, 1) == ""
     log.end(hide_last=False)
     assert log.text(1, 1) == "\ufffd"

@@ -36,7 +36,7 @@ def computed(name: str, tokens: Sequence[int], pool: BlockPool, model: Simulated
 def release(found: Request, cache: PrefixCache, pool: BlockPool) -> None:
     cache.release(found)
     for page in (page for pages in found.pages for page in pages):
-        pool.release(page)
+        pool.release([page])
     found.pages, found.lengths = [[] for _ in found.pages], [0 for _ in found.lengths]
 
 
