@@ -20,14 +20,16 @@ FORGETTING = 0.05
 
 
 class VisitPace:
-    """`visits`: of the next batch, between `least` and `most`, with which it begins."""
+    """`visits`: of the next batch, between `least` and `most`; of the first one `first`, or else `most`."""
 
-    def __init__(self, most: int, least: int = 1) -> None:
-        if not 1 <= least <= most:
+    def __init__(self, most: int, least: int = 1, *, first: int | None = None) -> None:
+        visits = most if first is None else first
+        if not 1 <= least <= visits <= most:
             raise ValueError(
-                f"batches of at least {least} and at most {most} visits; at least 1, and no more than most"
+                f"batches of at least {least} and at most {most} visits, the first one of {visits}; "
+                "at least 1, and no more than most"
             )
-        self.visits = self.most = most
+        self.visits, self.most = visits, most
         self._least = least
         self._longest = 0.0
         self._visit: float | None = None

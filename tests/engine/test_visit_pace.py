@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
+from mor.engine.options import EngineOptions
+from mor.engine.setup import _pace
 from mor.engine.visit_pace import VisitPace
 from tests.engine.test_slots import slots_of
 from tests.engine.workload import greedy, random_tokens
@@ -47,6 +50,20 @@ def test_a_host_that_is_too_slow_for_any_number_gets_the_most() -> None:
     assert {visits for visits, _ in play(VisitPace(MOST), 0.1, lambda step: 9)} == {MOST}
 
 
+def test_the_first_batch_may_have_fewer_visits_than_the_most() -> None:
+    pace = VisitPace(MOST, first=5)
+    assert pace.visits == 5
+    assert [visits for visits, _ in play(pace, 0.1, lambda step: 9)][-1] == MOST
+
+
+@pytest.mark.parametrize(("most_requests", "first", "most"), [(64, 8, 8), (65, 16, 32)])
+def test_many_requests_may_have_more_visits_in_a_batch(most_requests: int, first: int, most: int) -> None:
+    pace = _pace(torch.device("cuda"), EngineOptions(), most_requests)
+    assert (pace.visits, pace.most) == (first, most)
+    fixed = _pace(torch.device("cuda"), EngineOptions(slot_visits=9), most_requests)
+    assert {visits for visits, _ in play(fixed, 0.1, lambda step: 9)} == {9}
+
+
 def test_work_that_varies_is_hidden_for_the_most_part() -> None:
     """Every tenth step takes three times as long, as prompts do, and others a little more or less."""
     draw = random.Random(0)
@@ -67,10 +84,12 @@ def test_a_number_that_is_asked_for_stays() -> None:
     assert {visits for visits, _ in play(VisitPace(5, 5), 1, lambda step: 9 if step % 2 else 0.1)} == {5}
 
 
-@pytest.mark.parametrize(("most", "least"), [(0, 1), (4, 0), (3, 4)])
-def test_impossible_numbers_are_refused(most: int, least: int) -> None:
-    with pytest.raises(ValueError, match=f"at least {least} and at most {most}"):
-        VisitPace(most, least)
+@pytest.mark.parametrize(("most", "least", "first"), [(0, 1, None), (4, 0, None), (3, 4, None), (4, 2, 1), (4, 2, 5)])
+def test_impossible_numbers_are_refused(most: int, least: int, first: int | None) -> None:
+    with pytest.raises(
+        ValueError, match=f"at least {least} and at most {most} visits, the first one of {first or most}"
+    ):
+        VisitPace(most, least, first=first)
 
 
 @dataclass
