@@ -30,7 +30,7 @@ class EngineOptions:
             model has no router, so that every token takes all recursions, and rows that wait cost something.
         native: whether layers of few rows are run by a C program, which the machine's compiler compiles once. None: on
             a CPU in float32, if there is a compiler.
-        pages_to_grow: when a request is admitted, every running one keeps room for the tokens of so many pages more.
+        tokens_to_grow: when a request is admitted, every running one keeps room for so many tokens more.
             0 fills the pool to the brim, and preempts more often.
         max_length: tokens of a prompt and its output together. None: the model's own limit.
         prefix_caching: keep the keys and values of prompts for requests that begin alike.
@@ -48,7 +48,7 @@ class EngineOptions:
     slot_visits: int | None = None
     lockstep: bool | None = None
     native: bool | None = None
-    pages_to_grow: int = 2
+    tokens_to_grow: int = 32
     max_length: int | None = None
     prefix_caching: bool = True
     seed: int = 0
@@ -56,7 +56,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for name in ("page_entries", "num_pages", "max_requests", "max_visit_tokens", "prefill_chunk", "slot_visits"):
             self._whole(name, 1)
-        self._whole("pages_to_grow", 0)
+        self._whole("tokens_to_grow", 0)
         self._whole("max_length", 2)
         if self.kv_memory_gib is not None and not 0 < self.kv_memory_gib < math.inf:
             raise ValueError(f"kv_memory_gib={self.kv_memory_gib} must be positive and finite")

@@ -56,7 +56,7 @@ def limits_of(options: EngineOptions, model: MorForCausalLM) -> Limits:
         max_visit_tokens=options.max_visit_tokens or (8192 if on_cuda else 512),
         prefill_chunk=options.prefill_chunk or (1024 if on_cuda else 256),
         max_length=options.max_length or most,
-        room_to_grow=options.pages_to_grow * options.page_entries,
+        room_to_grow=options.tokens_to_grow,
     )
 
 

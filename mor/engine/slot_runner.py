@@ -130,10 +130,11 @@ class _TurnRate:
             self.tokens, self.visits = self.tokens / 2, self.visits / 2
 
     def places(self, slots: int) -> int:
-        """Places for slots to turn in: in a few steps between none and all, and seldom too few."""
+        """Places for slots to turn in: in a few steps between none and all, finer where many would idle, and seldom too
+        few."""
         share = self.tokens / self.visits
         expected = slots * share + 2 * (slots * share * (1 - share)) ** 0.5
-        step = max(1, slots // 8)
+        step = max(1, slots // (8 if slots < 256 else 16))
         return min(slots, -(-int(expected + 1) // step) * step)
 
 

@@ -23,7 +23,7 @@ from mor.engine.options import EngineOptions
         (dict(num_pages=float("nan")), "num_pages=nan must be a whole number"),
         (dict(max_requests="8"), "max_requests='8' must be a whole number"),
         (dict(max_visit_tokens=True), "max_visit_tokens=True must be a whole number"),
-        (dict(pages_to_grow=-1), "pages_to_grow=-1 must be a whole number of at least 0"),
+        (dict(tokens_to_grow=-1), "tokens_to_grow=-1 must be a whole number of at least 0"),
         (dict(kv_memory_gib=float("inf")), "kv_memory_gib=inf must be positive and finite"),
         (dict(kv_memory_gib=0.0), "kv_memory_gib=0.0 must be positive"),
         (dict(kv_memory_gib=float("nan")), "kv_memory_gib=nan must be positive"),

@@ -24,7 +24,7 @@ MOST_STEPS = 20_000
 
 def engine_of(model: MorForCausalLM, **options: Any) -> Engine:
     """An engine with a small pool of small pages, which is filled to the brim."""
-    settings = {"page_entries": 4, "num_pages": 400, "native": False, "pages_to_grow": 0, **options}
+    settings = {"page_entries": 4, "num_pages": 400, "native": False, "tokens_to_grow": 0, **options}
     return Engine(model, TOKENIZER, EngineOptions(**settings))
 
 
