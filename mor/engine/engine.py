@@ -167,7 +167,7 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[RequestOutput]:
-        plan = self.scheduler.plan(0 if self.slots is None else self.slots.ahead)
+        plan = self.scheduler.plan(*(0, 0) if self.slots is None else (self.slots.ahead, self.slots.least_ahead))
         self.statistics.add(preemptions=len(plan.preempted))
         queued = self._queue_slots(plan) if self.slots is not None else 0
         self._visit(plan)
@@ -184,7 +184,7 @@ class Engine:
         assert self.slots is not None
         with self._failing(plan.decoding, self.slots.forget):
             self._beside.join()
-            visits = self.slots.run(plan.decoding, plan.grown, self._slot_row)
+            visits = self.slots.run(plan.decoding, plan.grown, self._slot_row, plan.ahead)
             self._beside.start(after_slots=self.slots.has_strays)
         self.statistics.add(visits=visits, rows=self.slots.last_rows if visits else 0)
         return visits

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mor.engine.block_pool import BlockPool
@@ -34,7 +34,7 @@ class Plan:
 
     No page is both source and target, so the order of the copies does not matter. `preempted`: requests whose segment
     in flight, if any, is dropped; they will start again from their first token. `num_tokens`: that take the visit.
-    `decoding`: requests that are in a slot or may enter one, with pages for the visits ahead; `grown`: what
+    `decoding`: requests that are in a slot or may enter one, with pages for `ahead` visits; `grown`: what
     running requests got to go on.
     """
 
@@ -44,6 +44,7 @@ class Plan:
     preempted: list[Request] = field(default_factory=list[Request])
     copies: list[PageCopy] = field(default_factory=list[PageCopy])
     num_tokens: int = 0
+    ahead: int = 0
 
 
 class Scheduler:
@@ -181,21 +182,23 @@ class Scheduler:
         if self._prefix_cache is not None and request.num_computed == request.prefill:
             self._prefix_cache.insert(request)
 
-    def plan(self, ahead: int = 0) -> Plan:
+    def plan(self, ahead: int = 0, least: int = 0) -> Plan:
         """Decide the next visit, and take the pages it may fill.
 
         Segments in flight go on; then the requests that decode enter their next token, then prompts that have begun
         their next chunk, then new requests are admitted. Requests in slots get pages for `ahead` visits after the last
-        one whose outcome was entered.
+        one whose outcome was entered, or for fewer, but `least`, before anyone gives way for that.
         """
-        plan, planned = Plan(), list[Request]()
+        plan, planned = Plan(ahead=ahead), list[Request]()
         for request in self._running:
             (plan.decoding if request.is_decoding_alone else planned).append(request)
         plan.num_tokens = sum(request.segment.active for request in planned if request.segment)
         between = [request for request in planned if request.segment is None]
         slots = SlotPages(self.shape, plan.decoding) if plan.decoding else None
-        lacks = slots.lacks(ahead) if slots else {}
-        lacks |= {request: self._lacks(request.segment) for request in planned if request.segment}
+        lacks = {request: self._lacks(request.segment) for request in planned if request.segment}
+        if slots is not None:
+            plan.ahead = self._affordable(slots, lacks, ahead, least)
+            lacks |= slots.lacks(plan.ahead)
         self._go_on([(request, lacks[request]) for request in self._running if lacks.get(request)], plan)
         self._enter(between, plan, prefilling=False)
         if self._enter(between, plan, prefilling=True) and not plan.preempted:
@@ -204,6 +207,13 @@ class Scheduler:
         if plan.preempted:
             plan.decoding = [request for request in plan.decoding if request.state == "running"]
         return plan
+
+    def _affordable(self, slots: SlotPages, others: Mapping[Request, Lacks], most: int, least: int) -> int:
+        """Visits that there are pages for beside what others lack: `most` or fewer, `least` in any case."""
+        needed = sum(count for lacks in others.values() for _, count in lacks)
+        while most > least and not self._evict_for(needed + slots.num_lacking(most)):
+            most = (most + least) // 2
+        return most
 
     def _go_on(self, lacking: Sequence[tuple[Request, Lacks]], plan: Plan) -> None:
         """Give running requests, in order of arrival, what they lack to go on. Who finds no pages is preempted."""

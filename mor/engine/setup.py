@@ -97,7 +97,9 @@ def _pace(device: torch.device, options: EngineOptions, most_requests: int) -> V
     if options.slot_visits is not None or device.type == "cpu":
         visits = options.slot_visits or VISITS_ON_CPU
         return VisitPace(visits, visits)
-    return VisitPace(8) if most_requests <= 64 else VisitPace(32, first=16)
+    if most_requests <= 512:
+        return VisitPace(8 if most_requests <= 64 else 16)
+    return VisitPace(32, first=16)
 
 
 def ops_for(device: torch.device, head_size: int) -> ModuleType:

@@ -28,10 +28,17 @@ class SlotPages:
         count = len(self._requests) * self._shape.num_sequences
         return np.fromiter(values, np.int64, count).reshape(len(self._requests), -1)
 
+    def num_lacking(self, visits: int) -> int:
+        """Pages that all requests together lack for so many visits."""
+        return int(self._lack(visits).sum())
+
+    def _lack(self, visits: int) -> np.ndarray:
+        reach_NQ = np.minimum(self._lengths_NQ + np.array(self._shape.growths(visits)), self._most_N1)
+        return np.maximum(-(-reach_NQ // self._sizes_Q) - self._have_NQ, 0)
+
     def lacks(self, visits: int) -> dict[Request, Lacks]:
         """What requests lack for so many visits, of those that lack any. From here on these pages count as had."""
-        reach_NQ = np.minimum(self._lengths_NQ + np.array(self._shape.growths(visits)), self._most_N1)
-        lack_NQ = np.maximum(-(-reach_NQ // self._sizes_Q) - self._have_NQ, 0)
+        lack_NQ = self._lack(visits)
         self._have_NQ += lack_NQ
         lacks = dict[Request, Lacks]()
         number, sequence = lack_NQ.nonzero()

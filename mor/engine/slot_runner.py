@@ -41,6 +41,11 @@ SHORTEST = 512
 """The least bound on a visit's entries; each further one is four times as large. Visits of a new shape are captured
 when it is first needed, which takes a moment: few bounds, few moments."""
 
+RowOf = Callable[[Request, int], SlotRow]
+
+SHORTENED = 4
+"""A batch may be so many times shorter before a request gives its pages to others."""
+
 BATCH_SECONDS = 0.02
 """Where the host waits for each batch, none begins another visit after this: who streams should not see its batches."""
 
@@ -183,16 +188,21 @@ class SlotRunner:
     @property
     def ahead(self) -> int:
         """Visits that the next batch may take a request past what is known of it."""
-        return self._pace.visits + sum(batch.visits for batch in self._flight)
+        return self._pace.visits + self._visits_in_flight
 
-    def run(
-        self,
-        decoding: Sequence[Request],
-        grown: Sequence[NewPages],
-        row_of: Callable[[Request, int], SlotRow],
-    ) -> int:
-        """Let requests take free slots and queue a batch of visits; returns how many visits. `grown`: what
-        was added to the pages of those in slots. `row_of`: the row of a request that comes to a slot.
+    @property
+    def least_ahead(self) -> int:
+        """The same of a batch as short as one may be for want of pages."""
+        return max(1, self._pace.visits // SHORTENED) + self._visits_in_flight
+
+    @property
+    def _visits_in_flight(self) -> int:
+        return sum([batch.visits for batch in self._flight])
+
+    def run(self, decoding: Sequence[Request], grown: Sequence[NewPages], row_of: RowOf, ahead: int) -> int:
+        """Let requests take free slots and queue a batch of visits; returns how many visits. `grown`: what was added to
+        the pages of those in slots. `row_of`: the row of a request that comes to a slot. `ahead`: as far as their pages
+        reach, at most `self.ahead`.
 
         Afterwards `last_rows` counts the rows that took the batch's visits (all that might have, where only the device
         knows), and `has_strays` tells whether a batch in flight may still write to pages of requests that are gone.
@@ -202,7 +212,7 @@ class SlotRunner:
             self._emptied += edits.emptied
             self._phase = 0
             return 0
-        shape, most = self._shape(num_new=len(edits.rows)), min(self._pace.visits, self._most_useful())
+        shape, most = self._shape(num_new=len(edits.rows)), min(ahead - self._visits_in_flight, self._most_useful())
         self._state.edit(edits)
         if most <= 0:
             return 0
@@ -237,7 +247,7 @@ class SlotRunner:
         """Visits after those in flight until the last of the requests must have ended."""
         # The first visit of a new one has nothing to sample.
         most = max([tenant.row.left - tenant.made + (tenant.made == 0) for tenant in self._tenants.values()])
-        return most * self._most_per_token - sum(batch.visits for batch in self._flight)
+        return most * self._most_per_token - self._visits_in_flight
 
     def collect(self) -> Iterator[Progress]:
         """Wait for the oldest batch, and tell what it did. Requests that have gone since it was queued are left out."""
@@ -287,12 +297,7 @@ class SlotRunner:
         self._free = list(range(self._state.num_slots))
         self._emptied, self._is_adrift = list(self._free), True
 
-    def _changes(
-        self,
-        decoding: Sequence[Request],
-        grown: Sequence[NewPages],
-        row_of: Callable[[Request, int], SlotRow],
-    ) -> Edits:
+    def _changes(self, decoding: Sequence[Request], grown: Sequence[NewPages], row_of: RowOf) -> Edits:
         """Empty the slots of requests that are gone, fill free ones, and tell all about their new pages."""
         gone = [tenant for tenant in self._tenants.values() if not tenant.is_here]
         self.has_strays = self._is_adrift or (bool(self._flight) and any(not tenant.ends_itself for tenant in gone))
@@ -312,7 +317,7 @@ class SlotRunner:
             edits.pages += [(row.slot, sequence, 0, pages) for sequence, pages in enumerate(request.pages)]
         return edits
 
-    def _settle(self, request: Request, row_of: Callable[[Request, int], SlotRow]) -> SlotRow:
+    def _settle(self, request: Request, row_of: RowOf) -> SlotRow:
         row, epoch = row_of(request, heapq.heappop(self._free)), request.num_preemptions
         self._tenants[request.id] = _Tenant(request=request, row=row, stops=frozenset(row.stops), epoch=epoch)
         return row

@@ -76,8 +76,11 @@ class Drive:
     plans: list[Any] = field(default_factory=list)
 
     def step(self) -> None:
-        visits = self.draw.randint(1, 9)
-        plan = self.scheduler.plan(visits + sum(count for count, _ in self.flight))
+        in_flight, visits = sum(count for count, _ in self.flight), self.draw.randint(1, 9)
+        least = self.draw.randint(1, visits)
+        plan = self.scheduler.plan(visits + in_flight, least + in_flight)
+        visits = plan.ahead - in_flight
+        assert least <= visits <= 9
         self.plans.append(
             [[r.id for r in plan.decoding], [r.id for r in plan.preempted], [s.request.id for s in plan.segments]]
         )
@@ -196,6 +199,30 @@ def test_what_many_lack_is_what_each_lacks(seed: int, visits: int) -> None:
         assert SlotPages(scheduler.shape, decoding).lacks(visits) == {
             found: lacks for found, lacks in each.items() if lacks
         }
+
+
+def two_that_decode(num_pages: int) -> Scheduler:
+    """With the tokens of their prompts computed, on pages of 2 entries, of which each holds 2."""
+    limits = Limits(max_requests=4, max_visit_tokens=64, prefill_chunk=8, max_length=48)
+    scheduler = Scheduler(shape=small_shape(1, outer=False, size=2), limits=limits, pool=BlockPool(num_pages))
+    for name in "ab":
+        found = request(name, [1] * 5, max_tokens=30)
+        found.in_slot = True
+        scheduler.add(found)
+    for segment in scheduler.plan().segments:
+        scheduler.complete(segment, SegmentResult(added=(4,), active=0, depths=(1,) * 4))
+    return scheduler
+
+
+def test_a_batch_is_shorter_before_anyone_gives_way() -> None:
+    plan = two_that_decode(20).plan(16, 1)  # 8 more pages each
+    assert plan.ahead == 16 and len(plan.decoding) == 2
+    plan = two_that_decode(18).plan(16, 1)
+    assert plan.ahead == 8 and len(plan.decoding) == 2 and not plan.preempted
+    plan = two_that_decode(18).plan(16, 12)
+    assert plan.ahead == 14 and not plan.preempted
+    plan = two_that_decode(18).plan(16, 16)
+    assert plan.ahead == 16 and [found.id for found in plan.preempted] == ["b"]
 
 
 @pytest.mark.parametrize("seed", range(60))

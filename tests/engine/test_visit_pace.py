@@ -56,7 +56,7 @@ def test_the_first_batch_may_have_fewer_visits_than_the_most() -> None:
     assert [visits for visits, _ in play(pace, 0.1, lambda step: 9)][-1] == MOST
 
 
-@pytest.mark.parametrize(("most_requests", "first", "most"), [(64, 8, 8), (65, 16, 32)])
+@pytest.mark.parametrize(("most_requests", "first", "most"), [(64, 8, 8), (65, 16, 16), (512, 16, 16), (513, 16, 32)])
 def test_many_requests_may_have_more_visits_in_a_batch(most_requests: int, first: int, most: int) -> None:
     pace = _pace(torch.device("cuda"), EngineOptions(), most_requests)
     assert (pace.visits, pace.most) == (first, most)
@@ -136,9 +136,9 @@ def test_an_engine_measures_its_work_and_its_waiting(
     def sent_later(visits: int) -> Any:
         return *sent(visits)[:2], device.queue(visits)
 
-    def planned(ahead: int = 0) -> Any:
+    def planned(ahead: int = 0, least: int = 0) -> Any:
         device.now += plan if ahead else meanwhile
-        return plans(ahead)
+        return plans(ahead, least)
 
     monkeypatch.setattr(slots, "_sent", sent_later)
     monkeypatch.setattr(engine.scheduler, "plan", planned)
