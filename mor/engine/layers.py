@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from mor.engine.native.few_rows import MOST_ROWS, FewRows, Seen
+from mor.engine.native.few_rows import MOST_ROWS, FewRows, PreparedRun, Seen
 from mor.model.configuration_mor import MorConfig
 from mor.model.layers import MorDecoderLayer
 
@@ -25,7 +25,7 @@ Pages = tuple[Tensor, Tensor]
 """A layer's keys and values of all pages, (pages, P, G, E) each."""
 
 
-class Rows(Protocol):
+class Placement(Protocol):
     """Rows of a visit: their rotary positions (N, E), page and place in it of each one's new entry, and what it sees.
 
     `page_N` None: none of them writes. A row that does not write among others that do has the page of nobody.
@@ -44,6 +44,10 @@ class Rows(Protocol):
     def seen(self) -> Seen | None:
         """What they see as tables of pages, None if it is more than that."""
         ...
+
+
+class Rows(Placement, Protocol):
+    """Rows that attend."""
 
     def attend(self, query_NHE: Tensor, pages: Pages) -> Tensor:
         """The heads' outputs (N, H, E)."""
@@ -92,10 +96,10 @@ class Layers:
         """The output of one layer after another, each with its rows and pages; `x_ND`, contiguous, is overwritten."""
         each = [self._of(cast(MorDecoderLayer, layer)) for layer in layers]
         if self._few_rows is not None and rows and all(r is rows[0] for r in rows):
-            seen = rows[0].seen if len(x_ND) <= MOST_ROWS or _append(rows[0]) else None
+            seen = rows[0].seen if len(x_ND) <= MOST_ROWS else None
             if seen is not None:
                 where = rows[0].rotary, rows[0].page_N, rows[0].place_N
-                self._few_rows.layers(each, x_ND, *where, seen, pages)
+                self._few_rows.layers(each, x_ND, *where, seen, pages)(len(x_ND), seen.longest)
                 return x_ND
         steps = zip(each, rows, pages, strict=True)
         if len(x_ND) <= self.ops.FEW_ROWS:
@@ -109,6 +113,14 @@ class Layers:
             x_ND, h_ND = self.ops.add_norm(x_ND, weights.out(out_NC), weights.post_norm, self._eps)
             delta_ND = weights.down(self._gated(F.linear(h_ND, weights.gate_up, weights.gate_up_bias)))
         return x_ND if delta_ND is None else x_ND + delta_ND
+
+    def prepared(
+        self, layers: nn.ModuleList | list[nn.Module], x_ND: Tensor, rows: Placement, pages: Sequence[Pages]
+    ) -> PreparedRun:
+        """These layers in the C program, on rows whose tensors stay the same and are filled anew for each visit."""
+        assert rows.seen is not None
+        each = [self._of(cast(MorDecoderLayer, layer)) for layer in layers]
+        return self.few_rows.layers(each, x_ND, rows.rotary, rows.page_N, rows.place_N, rows.seen, pages)
 
     def _apply_to_few(self, weights: _Weights, x_ND: Tensor, rows: Rows, pages: Pages) -> None:
         """A layer in as few steps as there are products and one for attention: `x_ND` becomes its output."""
@@ -142,10 +154,9 @@ class Layers:
 
     def logits(self, norm: nn.RMSNorm, head: nn.Linear, x_ND: Tensor) -> Tensor:
         """The head of the final norm (N, V)."""
-        h_ND = self.normed(norm, x_ND)
-        if self._few_rows is not None and len(h_ND) <= MOST_ROWS and head.bias is None:
-            return self._few_rows.linear(h_ND, head.weight)
-        return head(h_ND)  # type: ignore[no-any-return]
+        if self._few_rows is not None and len(x_ND) <= MOST_ROWS and head.bias is None:
+            return self._few_rows.logits(x_ND, norm.weight, head.weight)
+        return head(self.normed(norm, x_ND))  # type: ignore[no-any-return]
 
     def draw_tokens(
         self,
@@ -166,6 +177,12 @@ class Layers:
         return self.ops.draw_tokens(  # type: ignore[no-any-return]
             logits_NV, temperature_N, top_k_N, top_p_N, min_p_N, seed_N, index_N, limited=limited
         )
+
+    @property
+    def few_rows(self) -> FewRows:
+        """The C program. There must be one: see `saves_rows`."""
+        assert self._few_rows is not None
+        return self._few_rows
 
     @property
     def saves_rows(self) -> bool:

@@ -22,7 +22,6 @@ from torch._dynamo.decorators import maybe_mark_dynamic
 
 from mor.engine.kv_store import KvStore, Overlay, PageLayout
 from mor.engine.layers import Layers, Pages
-from mor.engine.native.few_rows import Seen
 from mor.engine.slot_routing import SlotRouting
 from mor.engine.slot_state import Float, Int, SlotState
 from mor.engine.slot_steps import Entering, Geometry, Places
@@ -56,14 +55,8 @@ class PlacedRows:
     ops: ModuleType
 
     @property
-    def seen(self) -> Seen:
-        return Seen(
-            table_TX=self.table_TX,
-            row_N=self.table_N,
-            last_N=self.last_N,
-            longest=self.longest,
-            overlay=self.overlay,
-        )
+    def seen(self) -> None:
+        """The C program has rows of its own: see `slot_rows`."""
 
     def attend(self, query_NHE: Tensor, pages: Pages) -> Tensor:
         seen = self.table_TX, self.table_N, self.last_N, self.longest
@@ -103,7 +96,7 @@ class SlotProgram:
         self._model, self._head, self._layers = model.model, model.lm_head, layers
         self._plan = model.config.depth_plan
         self._table = state.tables.flatten(0, 1)
-        self._geometry = _geometry(model, layout, store, state, max_length)
+        self._geometry = geometry_of(model, layout, store, state, max_length)
         self._steps = layers.ops.SlotSteps(state, self._geometry)
         wrap = _compiled if state.device.type == "cuda" else _as_it_is
         self._begin, self._merge = wrap(routing.begin), wrap(routing.merge)
@@ -179,7 +172,10 @@ class SlotProgram:
         )
 
 
-def _geometry(model: MorForCausalLM, layout: PageLayout, store: KvStore, state: SlotState, max_length: int) -> Geometry:
+def geometry_of(
+    model: MorForCausalLM, layout: PageLayout, store: KvStore, state: SlotState, max_length: int
+) -> Geometry:
+    """What steps know of a model and its pages, with rotary positions of up to `max_length` tokens."""
     plan, policy = model.config.depth_plan, model.config.kv_cache
     numbers = torch.arange(max_length, device=state.device)
     cos_1LE, sin_1LE = model.model.rotary_emb(state.x[None], position_ids=numbers[None])

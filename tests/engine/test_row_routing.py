@@ -1,4 +1,4 @@
-"""Routing in numpy beside the routers' own arithmetic."""
+"""Routing in the C program beside the routers' own arithmetic."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from mor.engine.row_routing import LinearRows, linear_rows
-from mor.engine.slot_routing import Begun, Merged, RecursionSlots
-from mor.engine.slot_state import NUM_STOPS, Float, Int
-from mor.model.routing import RecursionRouter
+from mor.engine.row_routing import LinearRows, linear_rows, row_router
+from mor.engine.slot_routing import SlotRouting, TokenChoiceSlots, Unrouted
+from mor.engine.slot_state import RESTING, Float, Int
+from mor.model.modeling_mor import MorForCausalLM
+from tests.engine.native.row_state import SLOTS, slotted
 from tests.tiny import tiny_model
 
-ROWS, RECURSIONS = 40, 3
 KINDS: dict[str, dict[str, Any]] = {
     "expert_choice": {},
     "threshold_choice": {"router": "threshold_choice"},
@@ -22,50 +22,66 @@ KINDS: dict[str, dict[str, Any]] = {
     "identity": {"router_activation": "identity"},
     "additive": {"gating": "additive"},
     "tempered": {"router_temperature": 0.5},
+    "strong": {"router_alpha": 0.7},
+    "none": {"router": "none", "sharing": "middle_cycle"},
 }
 
 
-def both(**settings: Any) -> tuple[LinearRows, RecursionSlots]:
-    router = tiny_model(**{"router": "expert_choice", "num_recursions": RECURSIONS, **settings}).model.recursion.router
-    assert isinstance(router, RecursionRouter)
-    rows = linear_rows(router)
-    assert rows is not None
-    return rows, RecursionSlots(router, None)
+def routed(kind: str) -> tuple[MorForCausalLM, SlotRouting]:
+    model = tiny_model(**{"router": "expert_choice", **KINDS[kind]})
+    router = model.model.recursion.router
+    routing = Unrouted(model.config.depth_plan) if router is None else linear_rows(router)
+    assert routing is not None
+    return model, routing
 
 
-def state(hidden_size: int) -> tuple[torch.Tensor, ...]:
-    """Streams, inputs and outputs of rows at all recursions, some of them inactive or at their limit."""
-    torch.manual_seed(0)
-    ints = torch.zeros(ROWS, Int.STOPS + NUM_STOPS, dtype=torch.int64)
-    ints[:, Int.RECURSION] = torch.arange(ROWS) % RECURSIONS
-    ints[:, Int.LIMIT] = 1 + torch.arange(ROWS) % 4 % RECURSIONS
-    ints[:, Int.ACTIVE] = (torch.rand(ROWS) < 0.7).long()
-    floats = torch.rand(ROWS, Float.THRESHOLDS + RECURSIONS, dtype=torch.float32)
-    floats[:, Float.THRESHOLDS :] = 0.3 * torch.randn(ROWS, RECURSIONS)
-    floats[::5, Float.THRESHOLDS :] = -torch.inf
-    return *(torch.randn(3, ROWS, hidden_size).unbind()), ints, floats
-
-
-def check_alike(mine: Begun | Merged, other: Begun | Merged, where: torch.Tensor | None = None) -> None:
-    for name, value in vars(other).items():
-        found, value = (tensor if where is None else tensor[where] for tensor in (getattr(mine, name), value))
-        torch.testing.assert_close(found, value, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_rows_are_routed_as_by_the_router(kind: str) -> None:
-    rows, slots = both(**KINDS[kind])
-    stream, x, y, ints, floats = state(slots._router.config.hidden_size)
-    check_alike(rows.begin(x, ints, floats), slots.begin(x, ints, floats))
-    merged = slots.merge(stream, x, y, ints, floats)
-    found = rows.merge(stream, x, y, ints, floats)
-    assert 0 < int(merged.taken_N.sum()) < ROWS
-    check_alike(found, merged, ints[:, Int.ACTIVE] > 0)
-    torch.testing.assert_close(found.stream_ND, merged.stream_ND)
-    assert torch.equal(found.taken_N, merged.taken_N)
+def test_rows_that_enter_are_routed_as_by_the_router(kind: str) -> None:
+    model, routing = routed(kind)
+    own, router = slotted(model), row_router(routing)
+    own.state.ints[:, Int.RECURSION] = RESTING
+    rows, at = own.steps.entering(SLOTS), own.steps
+    at.x_ND.normal_()
+    assert router is not None
+    at.begun(router.pointer)
+    slot_N = at.slot_N[:rows]
+    begun = routing.begin(at.x_ND[:rows], own.state.ints[slot_N], own.state.floats[slot_N])
+    assert torch.equal(at.goes_on_N[:rows] > 0, begun.taken_N) and begun.taken_N.any()
+    check_close(at.gate_N[:rows], begun.gate_N)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_the_blocks_output_is_merged_as_by_the_router(kind: str) -> None:
+    model, routing = routed(kind)
+    own, router = slotted(model), row_router(routing)
+    if kind == "none":
+        own.state.ints[:, Int.ACTIVE], own.state.floats[:, Float.GATE] = 1, 1
+    rows, at = own.steps.going(SLOTS), own.steps
+    slot_N, y_ND = at.slot_N[:rows], torch.randn_like(at.x_ND[:rows])
+    each = own.state.ints[slot_N], own.state.floats[slot_N]
+    merged = routing.merge(own.state.stream[slot_N], own.state.x[slot_N], y_ND, *each)
+    at.x_ND[:rows] = y_ND
+    assert router is not None
+    at.merged(router.pointer)
+    assert torch.equal(at.goes_on_N[:rows] > 0, merged.taken_N) and 0 < int(merged.taken_N.sum()) < rows
+    check_close(at.stream_ND[:rows], merged.stream_ND)
+    check_close(at.x_ND[:rows], merged.x_ND)
+    check_close(at.gate_N[:rows][merged.taken_N], merged.gate_N[merged.taken_N].float())
 
 
 @pytest.mark.parametrize("settings", [{"router": "random"}, {"router": "fixed"}, {"router_architecture": "mlp"}])
 def test_other_routers_are_left_to_themselves(settings: dict[str, Any]) -> None:
     assert linear_rows(tiny_model(**{"router": "expert_choice", **settings}).model.recursion.router) is None
+
+
+def test_the_c_program_leaves_other_routing_to_pytorch() -> None:
+    router = tiny_model(router="token_choice").model.recursion.router
+    assert row_router(TokenChoiceSlots(router)) is None
+    router = tiny_model(router="expert_choice").model.recursion.router
+    assert isinstance(linear_rows(router), LinearRows)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mor.engine import slot_rows
 from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
 from mor.engine.slot_rows import RowProgram
@@ -69,6 +70,16 @@ def test_samples_what_planned_visits_sample() -> None:
         assert (mine.token_ids, mine.depths, mine.text) == (other.token_ids, other.depths, other.text)
         ours, theirs = ([token.logprob for token in output.tokens] for output in (mine, other))
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-5, rtol=0)
+
+
+def test_many_rows_draw_as_few_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the C program has a head for."""
+    model = tiny_model(router="expert_choice")
+    prompts, params = [[1, 2], [3], [4, 5]], [SamplingParams(seed=n, max_tokens=9) for n in range(3)]
+    few = rows_of(model).generate(prompts, params, progress=False)
+    monkeypatch.setattr(slot_rows, "MOST_ROWS", 1)
+    many = rows_of(model).generate(prompts, params, progress=False)
+    assert [output.token_ids for output in many] == [output.token_ids for output in few]
 
 
 def test_a_batch_ends_with_the_first_request_that_ends() -> None:

@@ -2,7 +2,7 @@
 
 At these sizes PyTorch takes longer to start the thirty operations of a layer than the processor to do them.
 
-Legend: N rows, D hidden size, K input features, M output features, E head size, T tables, X pages of a table.
+Legend: N rows, D hidden size, V vocabulary, E head size, T tables, X pages of a table.
 """
 
 from __future__ import annotations
@@ -65,17 +65,19 @@ class FewRows:
 
     def __init__(self, config: MorConfig, library: ctypes.CDLL) -> None:
         assert config.head_dim is not None and config.num_key_value_heads is not None
-        self._layers, self._linear, self._scratch_size = library.mor_layers, library.mor_linear, library.mor_scratch
-        self._linear.argtypes = [_POINTER] * 3 + [_INTEGER] * 4
+        self.library = library
+        self._layers, self._logits, self._scratch_size = library.mor_layers, library.mor_logits, library.mor_scratch
+        self._logits.argtypes = [*[_POINTER] * 5, *[_INTEGER] * 4, ctypes.c_float]
         self._scratch_size.restype = _INTEGER
         self._draw = library.mor_draw
         self._draw.argtypes = [_POINTER, _INTEGER, _INTEGER, *[_POINTER] * 6, _INTEGER]
-        self._heads, self._groups, self._head_size = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
+        self._sizes = dict(
+            inner=config.intermediate_size,
+            heads=config.num_attention_heads,
+            groups=config.num_key_value_heads,
+            head_size=config.head_dim,
         )
-        self._inner, self._eps = config.intermediate_size, config.rms_norm_eps
+        self._eps = config.rms_norm_eps
         self._tables: dict[tuple[int, ...], Any] = {}
         self._scratch = torch.empty(0)
 
@@ -88,64 +90,78 @@ class FewRows:
         place_N: Tensor,
         seen: Seen,
         pages: Sequence[tuple[Tensor, Tensor]],
-    ) -> None:
-        """Apply layers one after another: `x_ND` becomes the output, and rows that see nothing stay as they are."""
-        key = pages[0][0]
-        kept = [x_ND, *(t.contiguous() for t in (*rotary, place_N, seen.table_TX, seen.row_N, seen.last_N))]
-        x, cos, sin, place, table, table_row, last = (tensor.data_ptr() for tensor in kept)
-        page_N = None if page_N is None else page_N.contiguous()
-        recursion_N, entry_RXP = (t.contiguous() for t in seen.overlay) if seen.overlay else (None, None)
+    ) -> PreparedRun:
+        """Layers one after another: `x_ND` becomes the output, and rows that see nothing stay as they are."""
+        keys, overlay = pages[0][0], seen.overlay
+        tensors = dict(
+            x=x_ND,
+            cos=rotary[0],
+            sin=rotary[1],
+            page=page_N,
+            place=place_N,
+            table=seen.table_TX,
+            table_row=seen.row_N,
+            last=seen.last_N,
+            recursion=overlay.recursion_N if overlay else None,
+            overlay=overlay.entry_RXP if overlay else None,
+        )
+        assert x_ND.is_contiguous()
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
         run = _Run(
             layers=ctypes.addressof(self._table(weights, pages)),
-            x=x,
-            cos=cos,
-            sin=sin,
-            page=None if page_N is None else page_N.data_ptr(),
-            place=place,
-            table=table,
-            table_row=table_row,
-            last=last,
-            recursion=None if recursion_N is None else recursion_N.data_ptr(),
-            overlay=None if entry_RXP is None else entry_RXP.data_ptr(),
+            **{name: tensor.data_ptr() for name, tensor in kept.items()},
             num_layers=len(weights),
             rows=x_ND.shape[0],
             hidden=x_ND.shape[1],
-            inner=self._inner,
-            heads=self._heads,
-            groups=self._groups,
-            head_size=self._head_size,
-            page_entries=key.shape[1],
-            page_stride=key.stride(0),
+            page_entries=keys.shape[1],
+            page_stride=keys.stride(0),
             table_stride=seen.table_TX.shape[1],
-            overlay_stride=0 if entry_RXP is None else entry_RXP.stride(0),
+            overlay_stride=kept["overlay"].stride(0) if overlay else 0,
             longest=seen.longest,
-            threads=torch.get_num_threads(),
+            **self._sizes,
             eps=self._eps,
         )
-        size = self._scratch_size(ctypes.byref(run))
-        if self._scratch.numel() < size:
-            self._scratch = torch.empty(size)
-        run.scratch = self._scratch.data_ptr()
+        return PreparedRun(self, run, kept)
+
+    def apply(self, run: _Run) -> None:
+        """Do a run."""
+        run.threads = torch.get_num_threads()
+        run.scratch = self._room(self._scratch_size(ctypes.byref(run)))
         self._layers(ctypes.byref(run))
 
-    def linear(self, x_NK: Tensor, weight_MK: Tensor) -> Tensor:
-        """x times the transpose of the weight: (N, M)."""
-        x_NK, out_NM = x_NK.contiguous(), x_NK.new_empty(len(x_NK), len(weight_MK))
-        sizes = (*x_NK.shape, len(weight_MK), torch.get_num_threads())
-        self._linear(x_NK.data_ptr(), weight_MK.data_ptr(), out_NM.data_ptr(), *sizes)
-        return out_NM
+    def logits(self, x_ND: Tensor, norm_D: Tensor, weight_VD: Tensor) -> Tensor:
+        """The norm of x times the transpose of the weight: (N, V)."""
+        x_ND, logits_NV = x_ND.contiguous(), x_ND.new_empty(len(x_ND), len(weight_VD))
+        self.write_logits(len(x_ND), *(t.data_ptr() for t in (x_ND, norm_D, weight_VD, logits_NV)), *weight_VD.shape)
+        return logits_NV
+
+    def write_logits(self, rows: int, x: int, norm: int, weight: int, logits: int, size: int, hidden: int) -> None:
+        """The same, from and to where these numbers point."""
+        scratch = self._room(rows * hidden)
+        self._logits(x, norm, weight, scratch, logits, rows, hidden, size, torch.get_num_threads(), self._eps)
 
     def draw(self, logits_NV: Tensor, temperature_N: Tensor, seed_N: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:
         """The next tokens (N,), -1 where there is none to choose, and the log-probabilities the model gave them, as
         `mor.engine.sampler` has them without filters and penalties."""
-        (rows, size), threads = logits_NV.shape, torch.get_num_threads()
+        rows, size = logits_NV.shape
         kept = [t.contiguous() for t in (logits_NV, temperature_N, seed_N, index_N)]
-        logits, *decisive = (tensor.data_ptr() for tensor in kept)
-        scratch = torch.empty(threads * size, dtype=torch.int64)
         token_N, logprob_N = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
-        results = scratch.data_ptr(), token_N.data_ptr(), logprob_N.data_ptr()
-        self._draw(logits, rows, size, *decisive, *results, threads)
+        self.write_tokens(rows, size, *(tensor.data_ptr() for tensor in (*kept, token_N, logprob_N)))
         return token_N, logprob_N
+
+    def write_tokens(
+        self, rows: int, size: int, logits: int, temperature: int, seed: int, index: int, tokens: int, logprobs: int
+    ) -> None:
+        """The same, from and to where these numbers point."""
+        threads = torch.get_num_threads()
+        scratch = self._room(2 * threads * size)
+        self._draw(logits, rows, size, temperature, seed, index, scratch, tokens, logprobs, threads)
+
+    def _room(self, floats: int) -> int:
+        """Memory for so many floats until the next call."""
+        if self._scratch.numel() < floats:
+            self._scratch = torch.empty(floats)
+        return self._scratch.data_ptr()
 
     def _table(self, weights: Sequence[Any], pages: Sequence[tuple[Tensor, Tensor]]) -> Any:
         """The weights and pages of a run of layers, made once."""
@@ -154,6 +170,43 @@ class FewRows:
             rows = [_pointers(layer, keys, values) for layer, (keys, values) in zip(weights, pages, strict=True)]
             self._tables[key] = (_Layer * len(rows))(*rows)
         return self._tables[key]
+
+
+class PreparedRun:
+    """A run of layers on rows that lie in the same place each time."""
+
+    def __init__(self, program: FewRows, run: _Run, kept: Any) -> None:
+        """`kept`: what the run points to."""
+        self._program, self._run, self._kept = program, run, kept
+
+    def __call__(self, rows: int, longest: int) -> None:
+        """Apply it to the first `rows` of them, of which none sees more than `longest` entries."""
+        self._run.rows, self._run.longest = rows, longest
+        self._program.apply(self._run)
+
+
+class PreparedDraw:
+    """Head and draw of up to `MOST_ROWS` rows that lie in the same place each time, and so do their tokens."""
+
+    def __init__(
+        self,
+        program: FewRows,
+        norm_D: Tensor,
+        weight_VD: Tensor,
+        x_ND: Tensor,
+        drawn_by: tuple[Tensor, Tensor, Tensor],
+        drawn: tuple[Tensor, Tensor],
+    ) -> None:
+        """`drawn_by`, `drawn`: arguments and results of `FewRows.draw`."""
+        self._program, self._sizes = program, weight_VD.shape
+        logits_NV = x_ND.new_empty(min(len(x_ND), MOST_ROWS), len(weight_VD))
+        self._kept = x_ND, norm_D, weight_VD, logits_NV, *drawn_by, *drawn
+        self._pointers = [tensor.data_ptr() for tensor in self._kept]
+
+    def __call__(self, rows: int) -> None:
+        """Draw tokens of the first `rows`."""
+        self._program.write_logits(rows, *self._pointers[:4], *self._sizes)
+        self._program.write_tokens(rows, self._sizes[0], *self._pointers[3:])
 
 
 def _pointers(layer: Any, keys: Tensor, values: Tensor) -> _Layer:

@@ -4,7 +4,7 @@ The twin of `mor.engine.layers` on `mor.engine.plain_ops`. Threads share the out
 as the model has them (output by input features), and are read once whatever the number of rows.
 
 Legend: N rows, K input features, M output features, D hidden size, F feed-forward size, H query heads, G key/value heads,
-E head size, P entries of a page, W lanes of a vector. */
+E head size, P entries of a page, V vocabulary, W lanes of a vector. */
 
 #include <math.h>
 #include <stdint.h>
@@ -324,11 +324,14 @@ void mor_layers(const Run *run) {
     for (int64_t i = 0; i < n; i++) memcpy(run->x + taking[i] * d, x + i * d, 4 * d);
 }
 
-/* out (N, M) = x (N, K) . weight (M, K). */
-void mor_linear(const float *x, const float *weight, float *out, int64_t n, int64_t k, int64_t m, int64_t threads) {
+/* logits (N, V) = norm of x (N, D) . weight (V, D). `scratch`: room for the norm. */
+void mor_logits(const float *x, const float *norm, const float *weight, float *scratch, float *logits, int64_t n, int64_t d,
+                int64_t v, int64_t threads, float eps) {
 #pragma omp parallel num_threads(threads)
     {
         int64_t me = own_number(), parts = num_parts();
-        product(x, k, n, weight, k, k, bound(m, me, parts), bound(m, me + 1, parts), 0, out, m, 0);
+#pragma omp for
+        for (int64_t i = 0; i < n; i++) normed(x + i * d, norm, d, eps, scratch + i * d);
+        product(scratch, d, n, weight, d, d, bound(v, me, parts), bound(v, me + 1, parts), 0, logits, v, 0);
     }
 }

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCES = [Path(__file__).with_name(name) for name in ("layers.c", "draw.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("layers.c", "draw.c", "slots.c")]
 HEADER = Path(__file__).with_name("threads.h")
 FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp-simd -shared -fPIC".split()
 SECONDS = 120

@@ -80,7 +80,7 @@ def random_rows(model: MorForCausalLM, num_rows: int, *, writes: bool, overlaid:
 
 
 @pytest.mark.parametrize(("writes", "overlaid"), [(True, False), (False, False), (True, True)])
-@pytest.mark.parametrize("num_rows", [1, 3, 16])
+@pytest.mark.parametrize("num_rows", [1, 3, 7, 14, 16])
 @pytest.mark.parametrize("shape", SHAPES, ids=["tiny", "biases", "odd", "large heads"])
 @torch.no_grad()
 def test_layers_are_those_of_pytorch(shape: dict[str, Any], num_rows: int, writes: bool, overlaid: bool) -> None:
@@ -106,12 +106,13 @@ def test_layers_are_those_of_pytorch(shape: dict[str, Any], num_rows: int, write
     assert torch.equal(results[1][0][~takes_N], x_ND[~takes_N])
 
 
-@pytest.mark.parametrize("size", [(1, 1, 1), (4, 16, 4), (5, 33, 7), (20, 192, 130)])
-def test_a_product_is_pytorchs(size: tuple[int, int, int]) -> None:
-    rows, inputs, outputs = size
-    x_NK, weight_MK = torch.randn(rows, inputs), torch.randn(outputs, inputs)
-    product = native(tiny_model()).linear(x_NK, weight_MK)
-    torch.testing.assert_close(product, x_NK @ weight_MK.T, rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("size", [(1, 1, 1), (4, 16, 4), (5, 33, 7), (10, 96, 22), (11, 16, 9), (20, 192, 130)])
+def test_logits_are_pytorchs(size: tuple[int, int, int]) -> None:
+    rows, hidden, vocabulary = size
+    x_ND, norm_D, weight_VD = torch.randn(rows, hidden), torch.rand(hidden), torch.randn(vocabulary, hidden)
+    program, eps = native(tiny_model()), tiny_model().config.rms_norm_eps
+    expected = torch.nn.functional.rms_norm(x_ND, (hidden,), norm_D, eps) @ weight_VD.T
+    torch.testing.assert_close(program.logits(x_ND, norm_D, weight_VD), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_tokens_are_the_samplers() -> None:
@@ -138,12 +139,12 @@ def test_tokens_are_the_samplers() -> None:
 
 def test_threads_share_the_work() -> None:
     model, before = tiny_model(hidden_size=64), torch.get_num_threads()
-    program, x_NK, weight_MK = native(model), torch.randn(6, 64), torch.randn(101, 64)
+    program, weights = native(model), (torch.randn(6, 64), torch.rand(64), torch.randn(101, 64))
     try:
         torch.set_num_threads(1)
-        alone = program.linear(x_NK, weight_MK)
+        alone = program.logits(*weights)
         torch.set_num_threads(3)
-        assert torch.equal(program.linear(x_NK, weight_MK), alone)
+        assert torch.equal(program.logits(*weights), alone)
     finally:
         torch.set_num_threads(before)
 
