@@ -27,7 +27,7 @@ E head size, P entries of a page, V vocabulary, W lanes of a vector. */
 #endif
 
 /* A tile is NT rows by MT features: as many sums as a vector has lanes. */
-enum { NT = 4, MT = W / NT, AHEAD = 2 * MT };
+enum { NT = 4, MT = W / NT, AHEAD = 2 * MT, HALF = (MT + 1) / 2 };
 
 typedef float vector __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef float part __attribute__((vector_size(4 * MT), aligned(4), may_alias)); /* a tile's features of one row */
@@ -70,6 +70,39 @@ static inline vector sums(vector each[W]) {
     return each[0];
 }
 
+typedef union { vector all; part of[NT]; float each[W]; } Tile;
+
+/* each[i * MT + j] = row[i] . w[j] of the first `count` rows and inputs 0..whole. Meanwhile `fetches` rows of weights, from
+`next` on, come nearer. */
+static inline __attribute__((always_inline)) Tile tile(const float **row, const float **w, int64_t whole, int count,
+                                                       const float *next, int64_t ldw, int fetches) {
+    vector sum[W];
+    for (int p = 0; p < W; p++) sum[p] = (vector){0};
+    for (int64_t c = 0; c < whole; c += W) {
+        vector own[MT];
+        for (int j = 0; j < MT; j++) {
+            own[j] = load(w[j] + c);
+            if (j < fetches) __builtin_prefetch(next + j * ldw + c);
+        }
+        for (int i = 0; i < count; i++) {
+            vector value = load(row[i] + c);
+            for (int j = 0; j < MT; j++) sum[i * MT + j] += value * own[j];
+        }
+    }
+    return (Tile){sums(sum)};
+}
+
+/* The same, compiled for each count. */
+static inline __attribute__((always_inline)) Tile tile_of(int64_t count, const float **row, const float **w, int64_t whole,
+                                                          const float *next, int64_t ldw, int fetches) {
+    switch (count) {
+    case 1: return tile(row, w, whole, 1, next, ldw, fetches);
+    case 2: return tile(row, w, whole, 2, next, ldw, fetches);
+    case 3: return tile(row, w, whole, 3, next, ldw, fetches);
+    default: return tile(row, w, whole, NT, next, ldw, fetches);
+    }
+}
+
 /* out[n][m] (+)= x[n] . weight[m] + bias[m] of rows 0..n and features m0..m1. */
 static void product(const float *x, int64_t ldx, int64_t n, const float *weight, int64_t ldw, int64_t k, int64_t m0,
                     int64_t m1, const float *bias, float *out, int64_t ldo, int onto) {
@@ -80,20 +113,12 @@ static void product(const float *x, int64_t ldx, int64_t n, const float *weight,
         for (int64_t first = 0; first < n; first += NT) {
             const float *row[NT];
             for (int i = 0; i < NT; i++) row[i] = x + (first + i < n ? first + i : n - 1) * ldx;
-            vector sum[W];
-            for (int p = 0; p < W; p++) sum[p] = (vector){0};
-            for (int64_t c = 0; c < whole; c += W) {
-                vector own[MT];
-                for (int j = 0; j < MT; j++) {
-                    own[j] = load(w[j] + c);
-                    if (!first) __builtin_prefetch(w[j] + AHEAD * ldw + c);
-                }
-                for (int i = 0; i < NT; i++) {
-                    vector value = load(row[i] + c);
-                    for (int j = 0; j < MT; j++) sum[i * MT + j] += value * own[j];
-                }
-            }
-            union { vector all; part of[NT]; float each[W]; } total = {sums(sum)};
+            /* The weights of a later tile of features, shared out among the tiles of rows: memory and arithmetic overlap. */
+            const float *next = weight + (m + AHEAD) * ldw;
+            Tile total;
+            if (n <= NT) total = tile_of(n - first, row, w, whole, next, ldw, MT);
+            else if (n <= 3 * NT) total = tile_of(n - first, row, w, whole, next + (first ? HALF * ldw : 0), ldw, HALF);
+            else total = tile_of(n - first, row, w, whole, next + first / NT % MT * ldw, ldw, 1);
             if (whole == k && m + MT <= m1) {
                 for (int i = 0; i < NT && first + i < n; i++) {
                     part *to = (part *)(out + (first + i) * ldo + m), value = total.of[i];
