@@ -38,6 +38,19 @@ static inline double power_of_e(double x) {
     return p * bits.f;
 }
 
+/* The sum of e^((logit - most) / temperature), and each of them times UNIT in whole numbers. */
+static double weighed(const float *logit, int64_t size, float most, double temperature, int64_t *weight) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t v = 0; v < size; v++) {
+        double power = power_of_e(((double)logit[v] - most) / temperature), rounded = power * UNIT + 4503599627370496.0;
+        union { double f; int64_t i; } bits = {rounded};
+        weight[v] = bits.i - 0x4330000000000000;
+        sum += power;
+    }
+    return sum;
+}
+
 static int64_t drawn(const float *logit, int64_t size, double temperature, uint64_t seed, uint64_t index, int64_t *weight,
                      float *logprob) {
     float most = -INFINITY;
@@ -49,20 +62,13 @@ static int64_t drawn(const float *logit, int64_t size, double temperature, uint6
     }
     *logprob = NAN;
     if (odd || isinf(most)) return -1;
-    double sum = 0;
+    double sum = weighed(logit, size, most, 1, weight);
     int64_t total = 0, token = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t v = 0; v < size; v++) sum += power_of_e((double)logit[v] - most);
     if (temperature == 0) {
         while (logit[token] != most) token++;
     } else {
-#pragma omp simd reduction(+ : total)
-        for (int64_t v = 0; v < size; v++) {
-            double rounded = power_of_e(((double)logit[v] - most) / temperature) * UNIT + 4503599627370496.0;
-            union { double f; int64_t i; } bits = {rounded};
-            weight[v] = bits.i - 0x4330000000000000;
-            total += weight[v];
-        }
+        if (temperature != 1) weighed(logit, size, most, temperature, weight);
+        for (int64_t v = 0; v < size; v++) total += weight[v];
         uint64_t number = mixed_bits(mixed_bits(seed * STEP + STEP) + (index + 1) * STEP);
         int64_t target = (int64_t)((double)(number >> 11) * 0x1p-53 * (double)total);
         while (token < size - 1 && weight[token] <= target) target -= weight[token++];

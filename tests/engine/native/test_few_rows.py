@@ -121,7 +121,7 @@ def test_tokens_are_the_samplers() -> None:
     for trial in range(20):
         logits_NV = torch.randn(9, 3000, generator=generator) * (1 + trial)
         temperature_N = torch.rand(9, generator=generator).double() * 2
-        temperature_N[::4] = 0
+        temperature_N[::4], temperature_N[6] = 0, 1
         logits_NV[1, :3] = torch.tensor([float("nan"), 3.0, -float("inf")])
         logits_NV[2, 5] = float("inf")
         logits_NV[3] = -float("inf")
