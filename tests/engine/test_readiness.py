@@ -41,7 +41,7 @@ def test_warming_up_waits_for_nobody() -> None:
 def test_no_garbage_is_looked_for_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, seen = engine_of(tiny_model()), list[bool]()
     plan = engine.scheduler.plan
-    monkeypatch.setattr(engine.scheduler, "plan", lambda ahead: seen.append(gc.isenabled()) or plan(ahead))
+    monkeypatch.setattr(engine.scheduler, "plan", lambda *ahead: seen.append(gc.isenabled()) or plan(*ahead))
     engine.add_request("a", [1, 2], greedy(2))
     engine.step()
     assert seen == [False] and gc.isenabled()
