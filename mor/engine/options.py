@@ -24,7 +24,7 @@ class EngineOptions:
             instead of one planned visit after the other. None: on CUDA and where `native` is on, if the model can.
         slot_visits: see `slots`. More hide more of the host's work; tokens then come in larger pieces, and a slot whose
             request has ended is taken later. None: as few as hide that work, from measured times, and at most 8, or 16
-            and 32 where more than 64 and 512 requests may run; 4 on a CPU. Where pages are few, a quarter of that.
+            and 32 where more than 64 and 512 requests may run; 8 on a CPU. Where pages are few, a quarter of that.
         lockstep: whether slots end their tokens together, every R visits, instead of each as soon as it is through. The
             head and the unshared layers then run in one visit of R, but tokens of few recursions wait. None: if the
             model has no router, so that every token takes all recursions, and rows that wait cost something.

@@ -18,8 +18,8 @@ from mor.engine.slots import Slots
 from mor.engine.visit_pace import VisitPace
 from mor.model.modeling_mor import MorForCausalLM
 
-VISITS_ON_CPU = 4
-"""Visits of a batch on a CPU, which waits for each: a slot whose request has ended stays empty for the rest of it."""
+VISITS_ON_CPU = 8
+"""Visits of a batch on a CPU, at most: it ends when a request does, or after `slot_runner.BATCH_SECONDS`."""
 
 
 def end_tokens(model: MorForCausalLM, tokenizer: Any) -> frozenset[int]:
