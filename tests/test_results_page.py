@@ -46,7 +46,7 @@ def test_every_claim_has_a_section_and_its_figures(found: dict[str, Findings]) -
 
 
 def test_stored_results_are_small_and_name_no_folder() -> None:
-    files = sorted(STORED.glob("*.jsonl"))
+    files = sorted(STORED.rglob("*.jsonl"))
     assert sum(file.stat().st_size for file in files) < MOST_BYTES
     for line in (line for file in files for line in file.read_text(encoding="utf-8").splitlines()):
         result = json.loads(line)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from mor.study import depth_tables as depths
 from mor.study import figures
+from mor.study.order_tables import order_pair_table, order_table
 from mor.study.results import Findings
 from mor.study.studies import WIDTHS
 from mor.study.tables import Cell, Pair, Table, gap_table, pair_table, quality_table, seed_table
@@ -96,7 +97,7 @@ class Claim:
 def claims(found: Mapping[str, Findings]) -> list[Claim]:
     """All claims, whatever has been found of them, and studies that answer none; `found` has every study by name."""
     every = Claim(title="Every run", tables=(seed_table(found),))
-    return [*_models(found), *_depths(found), *_margins(found), *_others(found), every]
+    return [*_models(found), *_depths(found), *_margins(found), *_others(found), _orders(found), every]
 
 
 def _models(found: Mapping[str, Findings]) -> list[Claim]:
@@ -162,6 +163,11 @@ def _margins(found: Mapping[str, Findings]) -> list[Claim]:
         ),
         Claim(title="11. The learning rate", tables=(quality_table("rates", found["rates"]),)),
     ]
+
+
+def _orders(found: Mapping[str, Findings]) -> Claim:
+    pairs = order_pair_table(found, (*TWIN_PAIRS, *CONTROL_PAIRS))
+    return Claim(title="What the order of rows changed", tables=(order_table(found), pairs))
 
 
 def _others(found: Mapping[str, Findings]) -> list[Claim]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from mor.show.numbers import compact, count
 from mor.study.fits import fit_power_law
 from mor.study.isoflop import IsoflopFit, isoflop_fits
-from mor.study.results import Findings, Result, Spread, losses, own, paired
+from mor.study.results import Findings, Result, Spread, distinct, losses, order_of_rows, own, paired
 from mor.study.tables import NOTHING, Table, difference, seeds, spread
 
 TOLERANCE = 0.02  # of an asked mean depth
@@ -44,16 +44,17 @@ def threshold_table(findings: Findings) -> Table:
 
 
 def asked_table(found: Mapping[str, Findings]) -> Table:
-    """How far measured mean depths are from those asked for, by router and by the rows that thresholds are from; a run
-    of several studies, or of several budgets, counts once."""
-    runs = {result["key"]: result for findings in found.values() for result in findings.results if result["dial"]}
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in runs.values():
+    """How far measured mean depths are from those asked for, by router, by the order of the rows trained on and by the
+    rows that thresholds are from; a run of several studies, or of several budgets, counts once."""
+    groups: dict[tuple[str, str, str], list[Result]] = {}
+    for result in (result for _, result in distinct(found.values()) if result["dial"]):
         model = result["options"]["model"]
         kind = f"{_words(model['router'])}, {model['num_recursions']} recursions"
-        groups.setdefault((kind, "equal distances" if is_spaced(result) else "neighbouring"), []).append(result)
+        calibrated = "equal distances" if is_spaced(result) else "neighbouring"
+        groups.setdefault((kind, order_of_rows(result), calibrated), []).append(result)
     rows = [(*group, str(len(of)), *_errors(of)) for group, of in sorted(groups.items())]
-    head = ("router", "calibrated on rows", "runs", "mean deviation", "worst deviation", "requests met within 2%")
+    head = ("router", "order of rows", "calibrated on rows", "runs")
+    head = (*head, "mean deviation", "worst deviation", "requests met within 2%")
     note = f"Requests: those from {1 + EDGE:g} to R - {EDGE:g}. A run that several studies share is counted once."
     return Table(name="asked", head=head, rows=tuple(rows), note=note)
 
@@ -82,8 +83,8 @@ def deviations(result: Result) -> list[tuple[float, float]]:
 
 
 def dial_table(found: Mapping[str, Findings]) -> Table:
-    """NLL by the mean depth asked for, one column per arm."""
-    columns, those = dict[str, dict[float, Spread]](), list[str]()
+    """NLL by the mean depth asked for, one column per arm; under each, which seeds and which order of rows it is of."""
+    columns, those, orders = dict[str, dict[float, Spread]](), list[str](), list[str]()
     for _, arm, group in dial_arms(found):
         points = {e["requested"] for result in group for e in result["dial"]}
         columns[arm] = {
@@ -91,9 +92,11 @@ def dial_table(found: Mapping[str, Findings]) -> Table:
             for asked in sorted(points)
         }
         those.append(seeds([result["seed"] for result in group]))
+        orders.append(", ".join(dict.fromkeys(order_of_rows(result) for result in group)))
     depths = sorted({depth for column in columns.values() for depth in column})
     rows = [(f"{depth:g}", *(spread(column.get(depth)) for column in columns.values())) for depth in depths]
-    return Table(name="dial", head=("asked depth", *columns), rows=(*rows, ("seeds", *those)) if rows else ())
+    ends = (("seeds", *those), ("order of rows", *orders)) if rows else ()
+    return Table(name="dial", head=("asked depth", *columns), rows=(*rows, *ends))
 
 
 def dial_arms(found: Mapping[str, Findings]) -> Iterator[tuple[Findings, str, list[Result]]]:

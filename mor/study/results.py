@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mor.study.studies import WIDTHS
 
 Result = dict[str, Any]
 VOCABULARY = 8192
+SHUFFLED_SINCE = 4  # version of results that trained on rows in random order; before, on batches of neighbouring ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +44,17 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """A study and the results there are, each with the arm, the budget and the seed of its cell."""
+    """A study and the results there are, each with the arm, the budget and the seed of its cell. `before`: results of
+    the same cells, trained on rows in another order; they are compared with each other alone."""
 
     study: Study
     results: tuple[Result, ...]
+    before: tuple[Result, ...] = ()
+
+    @property
+    def earlier(self) -> Findings:
+        """What `before` alone says."""
+        return Findings(study=self.study, results=self.before)
 
     @property
     def budgets(self) -> list[str]:
@@ -134,6 +142,21 @@ def found_vocabulary(out: Path) -> int:
 def vocabulary_of(results: Sequence[Result]) -> int:
     """The vocabulary of the first; of none the usual one."""
     return int(results[0]["options"]["model"]["vocab_size"]) if results else VOCABULARY
+
+
+def order_of_rows(result: Result) -> str:
+    """In which order it read the rows of its training data."""
+    return "random" if result["version"] >= SHUFFLED_SINCE else "neighbouring"
+
+
+def distinct(found: Iterable[Findings]) -> list[tuple[str, Result]]:
+    """(study, result) of every run that was trained, also `before`: once, where several studies or budgets share it;
+    twice, where the same run was trained in both orders of rows, which share its key."""
+    runs: dict[tuple[str, str], tuple[str, Result]] = {}
+    for findings in found:
+        for result in (*findings.results, *findings.before):
+            runs.setdefault((result["key"], order_of_rows(result)), (findings.study.name, result))
+    return list(runs.values())
 
 
 def own(result: Result) -> dict[str, Any]:

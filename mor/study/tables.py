@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mor.show.numbers import compact, count
-from mor.study.results import ArmSummary, Findings, Result, Spread, own
+from mor.study.results import ArmSummary, Findings, Result, Spread, distinct, order_of_rows, own
 
 NOTHING = "–"
 
@@ -81,6 +81,8 @@ def _progress(findings: Findings) -> str:
     said, done, runs = [], len(findings.results), len(findings.study.runs)
     if done < runs:
         said.append(f"{done} of {runs} runs are done.")
+    if any(order_of_rows(result) == "neighbouring" for result in findings.results):
+        said.append("Trained on neighbouring rows.")
     if wrong := sorted({r["arm"] for r in findings.results if not r.get("probe", {"causal": True})["causal"]}):
         said.append(f"**Not causal by the suffix probe: {', '.join(wrong)}.**")
     return " ".join(said)
@@ -134,29 +136,37 @@ def pair_table(name: str, found: Mapping[str, Findings], pairs: Sequence[Pair]) 
     """NLL of one cell less that of another, seed by seed; pairs without a seed that both have are left out."""
     rows = []
     for pair in pairs:
-        group, others = ({r["seed"]: r for r in found[c.study].of(c.arm, c.budget)} for c in (pair.cell, pair.other))
-        shared = sorted(group.keys() & others.keys())
-        if shared:
-            differences = [own(group[seed])["nll"] - own(others[seed])["nll"] for seed in shared]
-            tokens = [count(side[shared[0]]["training"]["tokens"]) for side in (group, others)]
-            each = ", ".join(f"{value:+.3f}" for value in differences)
-            mean = difference(Spread.of(differences))
-            rows.append((pair.what, pair.cell.arm, pair.other.arm, " / ".join(tokens), each, mean, seeds(shared)))
+        if both := sides(found, pair):
+            tokens = [count(side["training"]["tokens"]) for side in next(iter(both.values()))]
+            rows.append((pair.what, pair.cell.arm, pair.other.arm, " / ".join(tokens), *by_seed(both), seeds([*both])))
     head = ("what differs", "arm", "less", "tokens of both", "by seed", "mean", "seeds")
     return Table(name=name, head=head, rows=tuple(rows))
+
+
+def sides(found: Mapping[str, Findings], pair: Pair) -> dict[int, tuple[Result, Result]]:
+    """The two results of a pair by seed, where both are there and read their rows in the same order."""
+    group, others = ({r["seed"]: r for r in found[c.study].of(c.arm, c.budget)} for c in (pair.cell, pair.other))
+    return {
+        seed: (group[seed], others[seed])
+        for seed in sorted(group.keys() & others.keys())
+        if order_of_rows(group[seed]) == order_of_rows(others[seed])
+    }
+
+
+def by_seed(both: Mapping[int, tuple[Result, Result]]) -> tuple[str, str]:
+    """The differences in NLL, each and their mean."""
+    differences = [own(result)["nll"] - own(other)["nll"] for result, other in both.values()]
+    return ", ".join(f"{value:+.3f}" for value in differences), difference(Spread.of(differences))
 
 
 def seed_table(found: Mapping[str, Findings]) -> Table:
     """Causal NLL of every run, seed by seed, and which commit each is of; a run of several studies stands once."""
     runs: dict[tuple[str, ...], dict[int, Result]] = {}
-    keys, commits = set[str](), list[str]()
-    for name, findings in found.items():
-        for result in findings.results:
-            if result["key"] not in keys:
-                keys.add(result["key"])
-                commits.append(_commit(result))
-                runs.setdefault((name, result["budget"], result["arm"]), {})[result["seed"]] = result
-    marks = {commit: "\\*" * number for number, commit in enumerate(dict.fromkeys(commits))}
+    for name, result in distinct(found.values()):
+        cell = (name, result["budget"], result["arm"], order_of_rows(result))
+        runs.setdefault(cell, {})[result["seed"]] = result
+    commits = dict.fromkeys(_commit(result) for _, result in distinct(found.values()))
+    marks = {commit: "\\*" * number for number, commit in enumerate(commits)}
     columns = sorted({seed for group in runs.values() for seed in group})
 
     def told(result: Result | None) -> str:
@@ -166,7 +176,7 @@ def seed_table(found: Mapping[str, Findings]) -> Table:
 
     rows = [(*cell, *(told(group.get(seed)) for seed in columns)) for cell, group in runs.items()]
     note = ", ".join(f"`{commit}`{mark}" for commit, mark in marks.items())
-    head = ("study", "budget", "arm", *(f"seed {seed}" for seed in columns))
+    head = ("study", "budget", "arm", "order of rows", *(f"seed {seed}" for seed in columns))
     return Table(name="seeds", head=head, rows=tuple(rows), note=f"Commits: {note}." if marks else "")
 
 
@@ -203,7 +213,7 @@ def share(value: Spread | None) -> str:
 
 def origin(found: Sequence[Findings]) -> str:
     """Commands, commits, machines and data, each as often as they differ."""
-    results = [result for each in found for result in each.results]
+    results = [result for _, result in distinct(found)]
     sources = [result["provenance"] for result in results]
     facts = {
         "command": [source["command"] for source in sources],

@@ -73,10 +73,30 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "holds no results of studies" in capsys.readouterr().err
 
 
+def test_the_command_stores_the_studies_that_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of several studies leaves parts of others in a folder: what is stored of those stays whole."""
+    runs, stored = tmp_path / "studies", tmp_path / "stored"
+    store(list(everything().values()), stored)
+    there = {path.name: path.read_text() for path in stored.glob("*.jsonl")}
+    put(study("twins", 512), runs, lambda run: 2.0)
+    words = ["results", str(runs), "--store", str(stored), "--out", str(tmp_path / "out")]
+    assert main([*words, "--only", "twins"]) == 0
+    changed = [path.name for path in stored.glob("*.jsonl") if path.read_text() != there[path.name]]
+    assert changed == ["twins.jsonl"]
+    capsys.readouterr()
+    assert main([*words, "--only", "twins,gasp"]) == 2
+    assert "--only gasp: no results of such a study; there are results of twins, " in capsys.readouterr().err
+    assert main(["results", str(runs), "--only", "twins"]) == 2
+    assert "give --store DIR" in capsys.readouterr().err
+
+
 def test_stored_results_alone_decide(tmp_path: Path) -> None:
     """The same files, whatever order the results were written in."""
     found = everything()
     store(list(reversed(found.values())), tmp_path / "one")
     store(list(found.values()), tmp_path / "two")
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_text() == (tmp_path / "two" / path.name).read_text()
+    one, two = tmp_path / "one", tmp_path / "two"
+    files = [path.relative_to(one) for path in one.rglob("*.jsonl")]
+    assert len(files) == len(found) + 1
+    for path in files:
+        assert (one / path).read_text() == (two / path).read_text()

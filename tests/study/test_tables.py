@@ -17,10 +17,11 @@ from mor.study.depth_tables import (
     threshold_table,
 )
 from mor.study.isoflop import isoflop_fits
+from mor.study.order_tables import order_pair_table, order_table
 from mor.study.results import Findings
 from mor.study.studies import study
 from mor.study.tables import Cell, Pair, Table, gap_table, origin, pair_table, quality_table, seed_table
-from tests.study.made_up import DEPTH_ERROR, everything, findings
+from tests.study.made_up import DEPTH_ERROR, everything, findings, on_neighbouring_rows
 from tests.study.test_results import of_tokens
 
 
@@ -81,11 +82,31 @@ def test_pairs_are_compared_seed_by_seed() -> None:
     assert pair_table("pairs", alone, [Pair(what="routing", cell=mor, other=vanilla)]).rows == ()
 
 
+def test_only_runs_that_read_rows_in_one_order_are_compared() -> None:
+    both = of_tokens()
+    old = on_neighbouring_rows(both)
+    mixed = tuple(o if n["arm"] == "vanilla" and n["seed"] else n for o, n in zip(old, both.results, strict=True))
+    mor, vanilla = (Cell(study="example", arm=arm, budget="tokens") for arm in ("mor-3", "vanilla"))
+    pairs = [Pair(what="routing", cell=mor, other=vanilla)]
+    told = row(pair_table("pairs", {"example": dataclasses.replace(both, results=mixed)}, pairs), "routing")
+    assert (told["by seed"], told["seeds"]) == ("-0.100", "0")
+    note = quality_table("example", dataclasses.replace(both, results=old)).note
+    assert note == "4 of 8 runs are done. Trained on neighbouring rows."
+    again = {"example": dataclasses.replace(both, before=old)}
+    cells = order_pair_table(again, pairs).rows[0]
+    assert cells[3:] == ("-0.100, -0.300", "-0.2000 ± 0.1000") * 2
+    assert order_table(again).rows[0][2:] == ("4.5000 ± 0.7071", "3.5000 ± 0.7071", "-1.0000 ± 0.0000", "0, 1")
+    assert not order_table({"example": both}).rows and not order_pair_table({"example": both}, pairs).rows
+
+
 def test_every_run_stands_once_with_its_commit() -> None:
     found = everything()
     table = seed_table(found)
     runs = {r["key"] for each in found.values() for r in each.results}
-    assert sum(cell != "–" for cells in table.rows for cell in cells[3:]) == len(runs)
+    again = {r["key"] for r in found["twins"].before}
+    assert sum(cell != "–" for cells in table.rows for cell in cells[4:]) == len(runs) + len(again)
+    new, old = (row(table, "twins", "equal-tokens", "mor-3", order) for order in ("random", "neighbouring"))
+    assert float(old["seed 0"]) == pytest.approx(float(new["seed 0"]) + 1)
     later = ({**r, "provenance": {"commit": "def" if r["seed"] else "abc"}} for r in of_tokens().results)
     table = seed_table({"example": dataclasses.replace(of_tokens(), results=tuple(later))})
     told = row(table, "example", "tokens", "vanilla")
@@ -99,26 +120,34 @@ def test_asked_depths_are_compared_inside_the_range_and_runs_count_once() -> Non
     assert [asked for asked, _ in deviations(mor)] == [1.05, 1.25, 1.5, 1.75, 1.95]
     assert {round(error, 9) for _, error in deviations(mor)} == {DEPTH_ERROR}
     table = asked_table(found)
-    two = row(table, "expert-choice, 2 recursions", "equal distances")
+    two = row(table, "expert-choice, 2 recursions", "random", "equal distances")
     assert (two["runs"], two["requests met within 2%"], two["worst deviation"]) == ("6", "30 of 30", "+1.00%")
+    assert row(table, "expert-choice, 2 recursions", "neighbouring")["runs"] == "6"
     runs = {r["key"] for each in found.values() for r in each.results if r["dial"]}
-    assert sum(int(cells[2]) for cells in table.rows) == len(runs)
+    again = {r["key"] for r in found["twins"].before if r["dial"]}
+    assert sum(int(cells[3]) for cells in table.rows) == len(runs) + len(again)
 
 
 def test_calibration_on_neighbouring_rows_is_told_apart() -> None:
     found = everything()
     old = tuple({**r, "version": SPACED_SINCE - (r["seed"] == 0)} for r in found["twins"].results)
     table = asked_table({"twins": dataclasses.replace(found["twins"], results=old)})
-    kinds = [cells[1] for cells in table.rows if cells[0] == "expert-choice, 2 recursions"]
-    assert kinds == ["equal distances", "neighbouring"]
+    kinds = [cells[1:3] for cells in table.rows if cells[0] == "expert-choice, 2 recursions"]
+    assert kinds == [("neighbouring", "equal distances"), ("neighbouring", "neighbouring")]
 
 
 def test_the_dial_has_a_column_for_each_arm() -> None:
-    table = dial_table(everything())
+    found = everything()
+    table = dial_table(found)
     assert table.head == ("asked depth", "mor-2", "mor-3", "mor-4", "threshold-3")
     assert row(table, "1.95")["mor-3"] == "–"
     assert "±" in row(table, "1.95")["mor-2"]
     assert row(table, "seeds")["mor-2"] == "0, 1, 2"
+    assert set(row(table, "order of rows").values()) == {"order of rows", "random"}
+    twins = found["twins"]
+    mixed = (old if old["arm"] == "mor-4" else new for old, new in zip(twins.before, twins.results, strict=True))
+    orders = row(dial_table({**found, "twins": dataclasses.replace(twins, results=tuple(mixed))}), "order of rows")
+    assert (orders["mor-3"], orders["mor-4"]) == ("random", "neighbouring")
 
 
 def test_more_recursions_and_costs() -> None:
