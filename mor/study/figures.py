@@ -62,7 +62,7 @@ def pareto(findings: Findings) -> str | None:
             points = (_middle([(own(r)["flops_per_token"], own(r)["nll"]) for r in results]),)
             number = arm_number(arm, findings.study)
             series.append(_mark(arm, number, points, is_last))
-    title = "quality against cost, mean over seeds; dot: equal FLOPs, ring: equal tokens"
+    title = "causal quality against cost, mean over seeds; dot: equal FLOPs, ring: equal tokens"
     return _chart(series, title, "forward FLOPs per token")
 
 
@@ -85,7 +85,7 @@ def thresholds(findings: Findings) -> str | None:
             fixed = _middle([(result["fixed"]["mean_depth"], result["fixed"]["nll"]) for result in both])
             series.append(Series(name=arm, arm=number, points=_dial(both), dots=True))
             series.append(Series(name="", arm=number, points=(fixed,), thin=True, rings=True, joined=False))
-    title = f"calibrated thresholds; ring: fixed ones; mean over seeds {_seeds(groups.values())}"
+    title = f"causal, calibrated thresholds; ring: fixed ones; mean over seeds {_seeds(groups.values())}"
     return _chart(series, title, "mean depth measured")
 
 
@@ -141,7 +141,7 @@ def scaling(findings: Findings) -> str | None:
             trained = points[sum(step["is_trained"] for step in steps) - 1]
             series.append(Series(name=arm, arm=number, points=points, dots=True))
             series.append(Series(name="", arm=number, points=(trained,), thin=True, rings=True, joined=False))
-    return _chart(series, "every token takes as many recursions; ring: as trained", "recursions")
+    return _chart(series, "causal, every token takes as many recursions; ring: as trained", "recursions")
 
 
 def isoflop(findings: Findings) -> str | None:
