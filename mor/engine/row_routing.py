@@ -1,13 +1,9 @@
-"""Which routing of slots the C program does by itself, on a CPU: none, and that by linear scores.
-
-Legend: D hidden size, R recursions.
-"""
+"""Which routing of slots the C program does by itself, on a CPU: none, and that by linear scores."""
 
 from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from mor.engine.native.row_steps import RowRouter
@@ -31,10 +27,11 @@ class LinearRows(RecursionSlots):
         config, auxiliary = router.config, router.auxiliary_heads
         activation = str(config.router_activation)
         self.row_router = RowRouter(
-            _weights(router.heads) / config.router_temperature,
-            None if auxiliary is None else _weights(auxiliary),
+            _weights(router.heads),
+            () if auxiliary is None else _weights(auxiliary),
             activation=activation,
             alpha=1.0 if activation == "identity" else router.alpha,
+            temperature=config.router_temperature,
             is_weighted=config.gating == "weighted",
         )
 
@@ -46,6 +43,6 @@ def row_router(routing: SlotRouting) -> RowRouter | None:
     return RowRouter() if isinstance(routing, Unrouted) else None
 
 
-def _weights(heads: nn.ModuleList) -> Tensor:
-    """The heads' weights (R, D)."""
-    return torch.cat([cast(nn.Linear, head[0]).weight for head in heads if isinstance(head, ScoreHead)]).detach()
+def _weights(heads: nn.ModuleList) -> list[Tensor]:
+    """The weights of each recursion's head, not copies of them: they may be trained on."""
+    return [cast(nn.Linear, head[0]).weight.detach() for head in heads if isinstance(head, ScoreHead)]

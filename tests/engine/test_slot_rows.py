@@ -96,6 +96,21 @@ def test_a_batch_ends_with_the_first_request_that_ends() -> None:
     check_all_free(engine)
 
 
+@pytest.mark.parametrize("settings", [{}, {"causal_method": "aux_router"}, {"router": "threshold_choice"}])
+def test_sees_weights_that_change(settings: dict[str, Any]) -> None:
+    """In place, as training changes them; those of the router too."""
+    model = tiny_model(**{"router": "expert_choice", **settings})
+    engine, prompts = rows_of(model, prefix_caching=False), [[1, 2, 3], [4, 5]]
+    before = engine.generate(prompts, greedy_params(), progress=False)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.neg_().add_(0.05)
+    after = engine.generate(prompts, greedy_params(), progress=False)
+    fresh = engine_of(model).generate(prompts, greedy_params(), progress=False)
+    assert [(output.token_ids, output.depths) for output in after] == [(o.token_ids, o.depths) for o in fresh]
+    assert [output.depths for output in after] != [output.depths for output in before]
+
+
 def greedy_params() -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
 

@@ -6,7 +6,7 @@ Legend: S slots, N rows of a step, D hidden size, E head size, V vocabulary, R r
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -58,7 +58,11 @@ class _Placed(ctypes.Structure):
 
 
 class _Router(ctypes.Structure):
-    _fields_: ClassVar = [*_fields("heads auxiliary", "activation weighted"), ("alpha", ctypes.c_float)]
+    _fields_: ClassVar = [
+        *_fields("heads auxiliary", "activation weighted"),
+        ("alpha", ctypes.c_float),
+        ("temperature", ctypes.c_float),
+    ]
 
 
 _Kind = TypeVar("_Kind", bound=ctypes.Structure)
@@ -74,16 +78,25 @@ class RowRouter:
 
     def __init__(
         self,
-        heads_RD: Tensor | None = None,
-        auxiliary_RD: Tensor | None = None,
+        heads: Sequence[Tensor] = (),
+        auxiliary: Sequence[Tensor] = (),
         *,
         activation: str = "identity",
         alpha: float = 1.0,
+        temperature: float = 1.0,
         is_weighted: bool = False,
     ) -> None:
-        self._heads = dict(heads=heads_RD, auxiliary=auxiliary_RD)
-        activation_number = _ACTIVATIONS.index(activation)
-        self.struct = _struct(_Router, self._heads, activation=activation_number, weighted=is_weighted, alpha=alpha)
+        """`heads`, `auxiliary`: weights of D numbers, one for each recursion, which are read where they are."""
+        assert all(weight.is_contiguous() for weight in (*heads, *auxiliary))
+        self._kept = heads, auxiliary
+        self._tables = [(_POINTER * len(weights))(*(w.data_ptr() for w in weights)) for weights in self._kept]
+        self.struct = _Router(
+            *(ctypes.addressof(table) if len(table) else None for table in self._tables),
+            activation=_ACTIVATIONS.index(activation),
+            weighted=is_weighted,
+            alpha=alpha,
+            temperature=temperature,
+        )
         self.pointer = ctypes.addressof(self.struct)
 
 

@@ -59,12 +59,13 @@ typedef struct {
     Rows *rows;
 } Step;
 
-/* Scores of `heads` (R, D), compared to thresholds, or of `auxiliary` (R, D) unless NULL: the gate is `alpha` times the
-activation. `heads` NULL: every row takes all recursions up to its limit, and its output is the stream. */
+/* Scores of `heads`, the weights (D,) of each recursion, of an input divided by `temperature`, compared to thresholds, or
+those of `auxiliary` unless NULL: the gate is `alpha` times the activation. `heads` NULL: every row takes all recursions up
+to its limit, and its output is the stream. */
 typedef struct {
-    const float *heads, *auxiliary;
+    const float *const *heads, *const *auxiliary;
     int64_t activation, weighted;
-    float alpha;
+    float alpha, temperature;
 } Router;
 
 enum { IDENTITY, SIGMOID, TANH };
@@ -139,8 +140,8 @@ static int64_t chosen(const Step *step, const Router *router, int64_t slot, int6
     int64_t d = step->geometry->hidden, within = recursion < s->limit[slot];
     *gate = 1;
     if (!router->heads) return within;
-    float logit = dot(x, router->heads + recursion * d, d), decisive = logit;
-    if (router->auxiliary) decisive = dot(x, router->auxiliary + recursion * d, d);
+    float logit = dot(x, router->heads[recursion], d) / router->temperature, decisive = logit;
+    if (router->auxiliary) decisive = dot(x, router->auxiliary[recursion], d);
     if (router->activation == IDENTITY) *gate = logit;
     if (router->activation == SIGMOID) *gate = router->alpha / (1 + expf(-logit));
     if (router->activation == TANH) *gate = router->alpha * tanhf(logit);
