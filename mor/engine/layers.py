@@ -226,7 +226,22 @@ def _fused(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 @torch.inference_mode(False)  # the model may be trained on
 def _joined(parameters: Sequence[Tensor]) -> Tensor:
-    joined = torch.cat([parameter.data for parameter in parameters])
+    parts = [parameter.data for parameter in parameters]
+    if (together := _together(parts)) is not None:
+        return together
+    joined = torch.cat(parts)
     for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
         parameter.data = part
     return joined
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor | None:
+    """Parts that lie one behind the other as one tensor: another engine of the model has joined them. Else None."""
+    first = parts[0]
+    place = first.data_ptr()
+    for part in parts:
+        of_another = part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        if of_another or part.data_ptr() != place or not part.is_contiguous():
+            return None
+        place += part.numel() * part.element_size()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

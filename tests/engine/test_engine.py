@@ -278,6 +278,25 @@ def test_the_model_can_be_trained_on_afterwards() -> None:
         torch.testing.assert_close(mine.grad, its.grad, atol=0, rtol=0)
 
 
+def test_engines_of_one_model_share_its_weights() -> None:
+    """What changes in place is seen by all of them, and none has a copy."""
+    model = tiny_model(router="expert_choice", attention_bias=True, mlp_bias=True)
+    engines = [engine_of(model, prefix_caching=False) for _ in range(2)]
+
+    def outputs() -> list[list[int]]:
+        return [list(engine.generate([[1, 2, 3]], greedy(9), progress=False)[0].token_ids) for engine in engines]
+
+    before = outputs()
+    size = model.model.recursion.block[0].self_attn.q_proj.weight.untyped_storage().nbytes()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.neg_().add_(0.05)
+    after = outputs()
+    engines.append(engine_of(model))
+    assert outputs() == [after[0]] * 3 != [before[0]] * 3
+    assert model.model.recursion.block[0].self_attn.q_proj.weight.untyped_storage().nbytes() == size
+
+
 def test_statistics_count() -> None:
     engine = engine_of(tiny_model(router="gate"), prefix_caching=False)
     engine.generate([[1, 2, 3], [4]], greedy(2), progress=False)
