@@ -36,7 +36,7 @@ from mor.engine.request import FinishReason, Request, TokenScore, Top
 from mor.engine.runner import Runner
 from mor.engine.sampler import Sampled, SamplingRow, sample
 from mor.engine.scheduler import Plan, Scheduler
-from mor.engine.setup import choose_num_pages, end_tokens, limits_of, ops_for, slots_of
+from mor.engine.setup import check_weights, choose_num_pages, end_tokens, limits_of, ops_for, slots_of
 from mor.engine.slot_runner import Progress
 from mor.engine.slot_state import SlotRow
 from mor.engine.slots import Slots, fits_slot
@@ -58,7 +58,8 @@ class _Live:
 
 class Engine:
     """Generates for many requests at once. Offline: `generate`. Online: `add_request`, then `step` while
-    `has_unfinished`; `abort` at any time."""
+    `has_unfinished`; `abort` at any time. It sees the model trained on, but prefixes and budgets that it knows stay as
+    they were; once weights are replaced (`model.to`), it refuses requests: build another engine after either."""
 
     def __init__(self, model: MorForCausalLM, tokenizer: Any, options: EngineOptions | None = None) -> None:
         self.options = EngineOptions() if options is None else options
@@ -80,6 +81,7 @@ class Engine:
         self._news: dict[str, _Live] = {}
         self._seeds = random.Random(self.options.seed)
         self._end_of_text = end_tokens(model, tokenizer)
+        self._embedding_VD = model.model.embed_tokens.weight.detach()
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, device: str = "auto", options: EngineOptions | None = None) -> Engine:
@@ -123,6 +125,7 @@ class Engine:
 
         Raises ValueError naming what is wrong or too long; then nothing is queued.
         """
+        check_weights(self.model, self._embedding_VD)
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"params={reprlib.repr(params)} must be SamplingParams")

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mor.engine.budgets import Budgets
 from mor.engine.kv_store import KvStore, PageLayout
@@ -31,6 +32,16 @@ def end_tokens(model: MorForCausalLM, tokenizer: Any) -> frozenset[int]:
     if named is None:
         return frozenset()
     return frozenset([named] if isinstance(named, int) else named)
+
+
+def check_weights(model: MorForCausalLM, embedding_VD: Tensor) -> None:
+    """Raises ValueError if the model's weights were replaced since it had this embedding."""
+    now = model.model.embed_tokens.weight
+    if now.data_ptr() != embedding_VD.data_ptr():
+        raise ValueError(
+            f"the model's weights, {now.dtype} on {now.device}, are no longer those that this engine was built on, "
+            f"{embedding_VD.dtype} on {embedding_VD.device}; build another engine"
+        )
 
 
 def choose_num_pages(options: EngineOptions, page_bytes: int, device: torch.device) -> int:

@@ -297,6 +297,19 @@ def test_engines_of_one_model_share_its_weights() -> None:
     assert model.model.recursion.block[0].self_attn.q_proj.weight.untyped_storage().nbytes() == size
 
 
+@pytest.mark.parametrize("kinds", [[torch.bfloat16], [torch.float64, torch.float32]])
+def test_refuses_requests_once_the_weights_are_replaced(kinds: list[torch.dtype]) -> None:
+    model = tiny_model(router="expert_choice")
+    engine = engine_of(model, native=None)
+    engine.generate([[1, 2]], greedy(2), progress=False)
+    for kind in kinds:
+        model.to(kind)
+    with pytest.raises(ValueError, match=f"{kinds[-1]} on cpu, are no longer those .* build another engine"):
+        engine.add_request("late", [1, 2], greedy(2))
+    assert not engine.has_unfinished
+    assert engine_of(model).generate([[1, 2]], greedy(2), progress=False)[0].finish_reason == "length"
+
+
 def test_statistics_count() -> None:
     engine = engine_of(tiny_model(router="gate"), prefix_caching=False)
     engine.generate([[1, 2, 3], [4]], greedy(2), progress=False)

@@ -79,6 +79,7 @@ class FewRows:
         )
         self._eps = config.rms_norm_eps
         self._tables: dict[tuple[int, ...], Any] = {}
+        self._kept: list[dict[str, Tensor]] = []
         self._scratch = torch.empty(0)
 
     def layers(
@@ -167,8 +168,9 @@ class FewRows:
         """The weights and pages of a run of layers, made once."""
         key = *map(id, weights), *(keys.data_ptr() for keys, _ in pages)
         if key not in self._tables:
-            rows = [_pointers(layer, keys, values) for layer, (keys, values) in zip(weights, pages, strict=True)]
-            self._tables[key] = (_Layer * len(rows))(*rows)
+            rows = [_tensors(layer, *own) for layer, own in zip(weights, pages, strict=True)]
+            self._kept += rows
+            self._tables[key] = (_Layer * len(rows))(*map(_pointers, rows))
         return self._tables[key]
 
 
@@ -198,6 +200,7 @@ class PreparedDraw:
         drawn: tuple[Tensor, Tensor],
     ) -> None:
         """`drawn_by`, `drawn`: arguments and results of `FewRows.draw`."""
+        norm_D, weight_VD = norm_D.detach(), weight_VD.detach()
         self._program, self._sizes = program, weight_VD.shape
         logits_NV = x_ND.new_empty(min(len(x_ND), MOST_ROWS), len(weight_VD))
         self._kept = x_ND, norm_D, weight_VD, logits_NV, *drawn_by, *drawn
@@ -209,7 +212,8 @@ class PreparedDraw:
         self._program.write_tokens(rows, self._sizes[0], *self._pointers[3:])
 
 
-def _pointers(layer: Any, keys: Tensor, values: Tensor) -> _Layer:
+def _tensors(layer: Any, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """What a layer points to, none of it freed while this is kept, whatever becomes of the model."""
     tensors = dict(
         qkv=layer.qkv,
         qkv_bias=layer.qkv_bias,
@@ -222,9 +226,13 @@ def _pointers(layer: Any, keys: Tensor, values: Tensor) -> _Layer:
         input_norm=layer.input_norm,
         post_norm=layer.post_norm,
     )
-    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
-    pointers = {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
-    return _Layer(**pointers, keys=keys.data_ptr(), values=values.data_ptr())
+    there = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+    assert all(tensor.is_contiguous() for tensor in there.values())
+    return dict(**there, keys=keys, values=values)
+
+
+def _pointers(tensors: dict[str, Tensor]) -> _Layer:
+    return _Layer(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
 
 
 def few_rows_for(config: MorConfig, device: torch.device, dtype: torch.dtype, wanted: bool | None) -> FewRows | None:

@@ -131,6 +131,7 @@ class RowSteps:
         names = "slot token logprob temperature seed made goes_on gate".split()
         rows = {name: getattr(self, f"{name}_N") for name in names}
         self._rows = _struct(_Rows, dict(x=self.x_ND, stream=self.stream_ND, **rows))
+        embedding_VD = embedding_VD.detach()
         self._kept = state, geometry, embedding_VD
         self._parts = _state_struct(state), _geometry_struct(geometry, embedding_VD), self._rows
         self._step = _Step(*map(ctypes.addressof, self._parts))
