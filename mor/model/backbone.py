@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.generic import ModelOutput
 
 from .cache import MorCache
+from .cache_name import CACHE_NAME, CACHE_NAMES, IS_RENAMED, CachedOutput, given_cache
 from .configuration_mor import MorConfig
 from .decision import DecisionRule
 from .forward_pass import ForwardPass
@@ -29,13 +29,16 @@ from .token_set import TokenSet
 
 
 @dataclass
-class MorModelOutput(ModelOutput):
+class MorModelOutput(CachedOutput):
     """`last_hidden_state` (B, S, D) after the final norm. `depths` (B, S): block applications per token, 0 for padding.
     `hidden_states`: embeddings, then the stream after each layer, or after each recursion where a router decides; the
     last is normed. `routing`: one trace per recursion. `losses`: unweighted router losses of a training forward."""
 
     last_hidden_state: Tensor | None = None
-    past_key_values: MorCache | None = None
+    if IS_RENAMED:
+        cache: MorCache | None = None
+    else:
+        past_key_values: MorCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     depths: Tensor | None = None
     routing: tuple[RecursionTrace, ...] | None = None
@@ -50,7 +53,7 @@ class MorPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MorDecoderLayer", "Recursion"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = CACHE_NAMES
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = {
         "calibration_mean_depth",
@@ -110,12 +113,13 @@ class MorModel(MorPreTrainedModel):
         decision: str | DecisionRule | None = None,
         mean_depth: float | Tensor | None = None,
         document_ids: Tensor | None = None,
+        cache: MorCache | None = None,
         **kwargs: Any,
     ) -> MorModelOutput:
         """Run the model; see `MorForCausalLM.forward` for the arguments."""
         _refuse_unsupported(kwargs)
         x_BSD = self._embed(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(given_cache(past_key_values, cache), use_cache)
         rule = self._rule(decision, mean_depth, cache)
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids is for training and scoring whole rows; it cannot be combined with a cache")
@@ -145,14 +149,12 @@ class MorModel(MorPreTrainedModel):
         # Under autocast the residual stream has its dtype: in float32 it would double the memory of every layer.
         return x_BSD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_BSD
 
-    def _cache(self, past_key_values: MorCache | None, use_cache: bool | None) -> MorCache | None:
-        if past_key_values is not None and not isinstance(past_key_values, MorCache):
-            raise ValueError(f"past_key_values must be a MorCache, got {type(past_key_values).__name__}")
+    def _cache(self, given: MorCache | None, use_cache: bool | None) -> MorCache | None:
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if past_key_values is None and use_cache and not self.training:
+        if given is None and use_cache and not self.training:
             return MorCache(self.config)
-        return past_key_values
+        return given
 
     def _rule(
         self, decision: str | DecisionRule | None, mean_depth: float | Tensor | None, cache: MorCache | None
@@ -233,7 +235,7 @@ class MorModel(MorPreTrainedModel):
     def _scatter(
         self, output: MorModelOutput, columns: TokenSet, num_columns: int, cache: MorCache | None
     ) -> MorModelOutput:
-        output.past_key_values = cache
+        setattr(output, CACHE_NAME, cache)
         if columns.index_BK is None:
             return output
         assert output.last_hidden_state is not None and output.depths is not None

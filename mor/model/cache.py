@@ -211,6 +211,11 @@ class MorCache(Cache):
         return False
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Of layers as transformers sees them: there is one, and it attends."""
+        return [False]
+
+    @property
     def is_initialized(self) -> bool:
         return self.num_columns > 0
 

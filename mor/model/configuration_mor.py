@@ -85,7 +85,7 @@ class MorConfig(PreTrainedConfig):
     """
 
     model_type = "mor"
-    keys_to_ignore_at_inference = ["past_key_values", "depths", "routing", "losses"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "depths", "routing", "losses"]
     attribute_map = {}
 
     vocab_size: int = 49152

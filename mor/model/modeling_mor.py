@@ -11,10 +11,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin
-from transformers.utils.generic import ModelOutput
 
 from .backbone import MorModel, MorPreTrainedModel
 from .cache import MorCache
+from .cache_name import CACHE_NAME, IS_RENAMED, CachedOutput, given_cache
 from .configuration_mor import MorConfig
 from .decision import DecisionRule
 from .lm_loss import LmLoss, lm_loss_of_logits
@@ -22,13 +22,16 @@ from .routing import RecursionTrace
 
 
 @dataclass
-class MorCausalLMOutput(ModelOutput):
+class MorCausalLMOutput(CachedOutput):
     """As `MorModelOutput`, with `logits` (B, S, V) and, given labels, `loss`: the language-modelling loss plus the
     weighted router losses; `losses["lm"]` is the former alone."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: MorCache | None = None
+    if IS_RENAMED:
+        cache: MorCache | None = None
+    else:
+        past_key_values: MorCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     depths: Tensor | None = None
     routing: tuple[RecursionTrace, ...] | None = None
@@ -63,6 +66,7 @@ class MorForCausalLM(MorPreTrainedModel, GenerationMixin):
         document_ids: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         lm_loss: LmLoss | None = None,
+        cache: MorCache | None = None,
         **kwargs: Any,
     ) -> MorCausalLMOutput | tuple[Any, ...]:
         """Logits, depths and, given labels, the loss.
@@ -71,6 +75,7 @@ class MorForCausalLM(MorPreTrainedModel, GenerationMixin):
             input_ids: (B, S) token ids, or `inputs_embeds` (B, S, D).
             attention_mask: (B, S), or (B, past + S) with a cache; 0 marks padding, anywhere in a row.
             position_ids: (B, S) rotary positions; default: columns, counted on from the cache.
+            past_key_values: a `MorCache`, or `cache`: the same by the name that transformers uses from 5.24 on.
             labels: (B, S) token ids to predict, shifted inside; -100 is ignored.
             decision: `causal` (default outside training) or `top_k`, which looks into the future.
             mean_depth: budget in block applications per token, a number or (B,); needs a calibrated model.
@@ -86,7 +91,7 @@ class MorForCausalLM(MorPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -107,7 +112,7 @@ class MorForCausalLM(MorPreTrainedModel, GenerationMixin):
         result = MorCausalLMOutput(
             loss=loss,
             logits=logits_BSV,
-            past_key_values=output.past_key_values,
+            **{CACHE_NAME: output.cache},
             hidden_states=output.hidden_states,
             depths=output.depths,
             routing=output.routing,
@@ -154,8 +159,8 @@ class MorForCausalLM(MorPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"cache_implementation={implementation!r} cannot hold keys and values per recursion; leave it unset"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = MorCache(self.config)
+        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE_NAME] = MorCache(self.config)
 
 
 AutoConfig.register(MorConfig.model_type, MorConfig, exist_ok=True)

@@ -67,7 +67,7 @@ def stream_tokens(model: MorForCausalLM, tokenizer: Any, prompt: str, sampling: 
         token, probability = draw(output.logits[0, -1], sampling, generator, banned=banned)
         if token == tokenizer.eos_token_id:
             break
-        output = _read(model, [token], output.past_key_values, sampling)
+        output = _read(model, [token], output.cache, sampling)
         yield TokenView(text=decoder.feed(token), depth=int(output.depths[0, -1]), probability=probability)
     rest = decoder.flush()
     if rest:
@@ -122,7 +122,7 @@ def draw(
 
 def _read(model: MorForCausalLM, ids: list[int], cache: Any, sampling: Sampling) -> Any:
     rows = torch.tensor([ids], device=model.device)
-    return model(rows, past_key_values=cache, use_cache=True, mean_depth=sampling.mean_depth)
+    return model(rows, cache=cache, use_cache=True, mean_depth=sampling.mean_depth)
 
 
 def _views(

@@ -27,6 +27,7 @@ from transformers import (
 
 from mor.convert.initialization import INITIALIZATIONS, layer_sources
 from mor.convert.llama import check_source, convert_llama, from_llama, layer_prefixes, load_llama, to_llama
+from mor.model.cache_name import CACHE_NAME
 from mor.model.modeling_mor import MorForCausalLM
 
 SMALL = {
@@ -91,7 +92,7 @@ def decoded_logits(model: PreTrainedModel, input_ids: Tensor, prefill: int) -> T
     out = model(input_ids[:, :prefill], use_cache=True)
     logits = [out.logits]
     for t in range(prefill, input_ids.shape[1]):
-        out = model(input_ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids[:, t : t + 1], **{CACHE_NAME: out[CACHE_NAME]}, use_cache=True)
         logits.append(out.logits)
     return torch.cat(logits, dim=1)
 

@@ -53,3 +53,18 @@ def test_rows_can_be_picked_repeated_and_cropped(kv_cache):
 def test_writing_by_layer_is_refused():
     with pytest.raises(NotImplementedError, match="per recursion"):
         MorCache(tiny_model().config).update(None, None, 0)
+
+
+def test_a_cache_goes_by_the_old_name_of_transformers_and_by_the_new_one() -> None:
+    model, ids = tiny_model(), random_ids(1, 9)
+    whole = model(ids).logits
+    first = model(ids[:, :4], use_cache=True)
+    assert isinstance(first.cache, MorCache) and first.cache is first.past_key_values
+    second = model(ids[:, 4:6], cache=first.cache)
+    third = model(ids[:, 6:], past_key_values=second.cache)
+    assert third.cache is first.cache
+    torch.testing.assert_close(torch.cat([first.logits, second.logits, third.logits], 1), whole, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="cache and past_key_values are the same"):
+        model(ids[:, :1], cache=first.cache, past_key_values=first.cache)
+    with pytest.raises(ValueError, match=r"^cache must be a MorCache, got dict"):
+        model(ids[:, :1], cache={})

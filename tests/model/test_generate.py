@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mor.model.cache_name import CACHE_NAME
 from mor.model.calibrate import calibrate
 from tests.tiny import architectures, label, left_padding, random_ids, tiny_model
 
@@ -34,7 +35,7 @@ def test_generation_continues_from_a_returned_cache(kv_cache):
     half = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings | dict(max_new_tokens=4))
     mask = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], dim=1)
     rest = model.generate(
-        half.sequences, attention_mask=mask, past_key_values=half.past_key_values, **settings | dict(max_new_tokens=4)
+        half.sequences, attention_mask=mask, **settings | {CACHE_NAME: half[CACHE_NAME], "max_new_tokens": 4}
     )
     assert torch.equal(rest, whole)
 
@@ -56,7 +57,7 @@ def test_the_budget_reaches_generation():
     held = []
     for mean_depth in (1.0, 2.0, 3.0):
         output = model.generate(ids, mean_depth=mean_depth, return_dict_in_generate=True, **SETTINGS)
-        held.append(output.past_key_values.kv_bytes())
+        held.append(output[CACHE_NAME].kv_bytes())
     assert held[0] < held[1] < held[2]
     with pytest.raises(ValueError, match=r"impossible: this model can do 1\.000 to 3\.000"):
         model.generate(ids, mean_depth=3.5, **SETTINGS)
