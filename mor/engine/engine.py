@@ -170,14 +170,15 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[RequestOutput]:
-        plan = self.scheduler.plan(*(0, 0) if self.slots is None else (self.slots.ahead, self.slots.least_ahead))
+        slots = self.slots
+        plan = self.scheduler.plan() if slots is None else self.scheduler.plan(slots.ahead, slots.least_ahead)
         self.statistics.add(preemptions=len(plan.preempted))
-        queued = self._queue_slots(plan) if self.slots is not None else 0
+        queued = self._queue_slots(plan) if slots is not None else 0
         self._visit(plan)
-        if self.slots is not None:
-            self._visits_meanwhile(self.slots)
+        if slots is not None:
+            self._visits_meanwhile(slots)
             # On CUDA the batch just queued runs on while the one before is read; a CPU has done it by now.
-            while self.slots.in_flight > (self.slots.runs_ahead and queued > 0):
+            while slots.in_flight > (slots.runs_ahead and queued > 0):
                 self._collect(plan)
         news, self._news = self._news, {}
         return [self._tell(live) for live in news.values() if self._live.get(live.request.id) is live]
